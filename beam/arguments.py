@@ -1,0 +1,82 @@
+"""Arguments that may be one value for all requests or one per request."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+from torch import Tensor
+
+Value = TypeVar("Value")
+
+
+class PerRequest(Generic[Value]):
+    """One value, or one per request, each checked when it is given."""
+
+    def __init__(self, name: str, given: Any, check: Callable[[str, Any], Value]):
+        """``check(name, value)`` returns the value, or raises if it is not one."""
+        self.name = name
+        self.shared = not isinstance(given, (Sequence, Tensor, np.ndarray)) or isinstance(given, str)
+        if isinstance(given, Tensor):
+            if given.device.type != "cpu":
+                raise ValueError(f"{name}: expected a number, a list or a CPU tensor, got a tensor on {given.device}")
+            given = given.detach().numpy()
+        if isinstance(given, np.ndarray):
+            if given.ndim > 1:
+                raise ValueError(f"{name}: expected one value per request, got shape {list(given.shape)}")
+            self.shared = given.ndim == 0
+            given = given.tolist()
+        values = [given] if self.shared else list(given)
+        if not values:
+            raise ValueError(f"{name}: expected one value per request, got none")
+        self.values = [check(name if self.shared else f"{name}[{i}]", value) for i, value in enumerate(values)]
+
+    def of_batch(self, batch_size: int) -> list[Value]:
+        """The values of ``batch_size`` requests."""
+        if self.shared:
+            return self.values * batch_size
+        if len(self.values) != batch_size:
+            raise ValueError(f"{self.name}: expected one value per request, {batch_size}, got {len(self.values)}")
+        return self.values
+
+
+def whole_number(low: int) -> Callable[[str, Any], int]:
+    """A check for ints of at least ``low``."""
+
+    def check(name: str, value: Any) -> int:
+        if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+            raise TypeError(f"{name}: expected an int >= {low}, got {type(value).__name__}")
+        if value < low:
+            raise ValueError(f"{name}: expected an int >= {low}, got {value}")
+        return int(value)
+
+    return check
+
+
+def finite_number(name: str, value: Any) -> float:
+    """A check for finite numbers."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.number)):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+    if not np.isfinite(value):
+        raise ValueError(f"{name}: expected a finite number, got {value}")
+    return float(value)
+
+
+def positive_number(name: str, value: Any) -> float:
+    """A check for finite numbers above 0, also in float32."""
+    number = finite_number(name, value)
+    if not np.float32(number) > 0:
+        raise ValueError(f"{name}: expected a number above 0, got {value}")
+    return number
+
+
+def token_ids(name: str, given: Any) -> list[int]:
+    """A token id, a list of distinct ones, or ``None`` for none."""
+    if given is None:
+        return []
+    check = whole_number(0)
+    if isinstance(given, Sequence) and not isinstance(given, str):
+        ids = [check(f"{name}[{i}]", value) for i, value in enumerate(given)]
+        if len(set(ids)) != len(ids):
+            raise ValueError(f"{name}: expected distinct ids, got {ids}")
+        return ids
+    return [check(name, given)]

@@ -1,0 +1,73 @@
+"""What a step is given, checked from metadata only and brought into one shape."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from .state import State
+
+
+def as_rows(state: "State", logits: Tensor, vocab_size: int | None, eos_ids: list[int]) -> tuple[Tensor, int]:
+    """Logits as rows ``[R, V]`` without gradient, and the vocabulary size in force."""
+    if not isinstance(logits, Tensor):
+        raise TypeError(f"logits: expected a tensor, got {type(logits).__name__}")
+    batch, beams = state.batch_size, state.beam_size
+    first = state.vocab_size is None
+    shapes = [(batch * beams,), (batch, beams)] + ([(batch,), (batch, 1)] if first else [])
+    columns = logits.shape[-1] if logits.dim() else 0
+    wanted = columns if first else state.vocab_size
+    if tuple(logits.shape[:-1]) not in shapes or columns != wanted or columns == 0:
+        v = "V" if first else str(state.vocab_size)
+        choice = f"[{batch * beams}, {v}] or [{batch}, {beams}, {v}]" + (f" or [{batch}, {v}]" if first else "")
+        raise ValueError(f"logits: expected shape {choice}, got {list(logits.shape)}")
+    if logits.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise TypeError(f"logits: expected float32, float16 or bfloat16, got {str(logits.dtype).removeprefix('torch.')}")
+    if logits.device != state.device:
+        raise ValueError(f"logits: expected a tensor on {state.device}, got one on {logits.device}")
+    if vocab_size is None:
+        vocab_size = columns
+    if vocab_size > columns:
+        raise ValueError(f"vocab_size: expected at most the columns of logits, {columns}, got {vocab_size}")
+    if first:
+        for name, token in [("pad_id", state.pad_id), *(("eos_id", token) for token in eos_ids)]:
+            if token >= vocab_size:
+                raise ValueError(f"{name}: expected an id inside the vocabulary of {vocab_size}, got {token}")
+    rows = logits.detach().flatten(0, -2)
+    if columns > 1 and rows.stride(-1) != 1:
+        raise ValueError(f"logits: expected unit stride in the last dimension, got strides {logits.stride()}")
+    return rows, vocab_size
+
+
+def as_bitmask(state: "State", bitmask: Tensor | None, rows: int, vocab_size: int) -> Tensor | None:
+    """A bitmask with one row per row of logits."""
+    if bitmask is None:
+        return None
+    if not isinstance(bitmask, Tensor):
+        raise TypeError(f"bitmask: expected a tensor, got {type(bitmask).__name__}")
+    if bitmask.dtype != torch.int32:
+        raise TypeError(f"bitmask: expected int32, got {str(bitmask.dtype).removeprefix('torch.')}")
+    if bitmask.device != state.device:
+        raise ValueError(f"bitmask: expected a tensor on {state.device}, got one on {bitmask.device}")
+    batch, words = state.batch_size, -(-vocab_size // 32)
+    shapes = {(rows,), (batch, rows // batch), (batch,)}
+    if tuple(bitmask.shape[:-1]) not in shapes or bitmask.shape[-1] < words:
+        choice = " or ".join(str([*shape, words]) for shape in sorted(shapes, reverse=True))
+        raise ValueError(f"bitmask: expected shape {choice}, got {list(bitmask.shape)}")
+    flat = bitmask.detach().flatten(0, -2)[:, :words]
+    return flat if flat.shape[0] == rows else flat.repeat_interleave(rows // batch, 0)
+
+
+def as_request_ids(given: Tensor | Sequence[int] | None, batch_size: int, device: torch.device) -> Tensor:
+    """int64 ``[B]`` on the device."""
+    if given is None:
+        return torch.arange(batch_size, device=device)
+    if not isinstance(given, Tensor):
+        given = torch.as_tensor(given)
+    if given.dtype != torch.int64:
+        raise TypeError(f"request_ids: expected int64, got {str(given.dtype).removeprefix('torch.')}")
+    if tuple(given.shape) != (batch_size,):
+        raise ValueError(f"request_ids: expected shape [{batch_size}], got {list(given.shape)}")
+    return given.to(device, non_blocking=True).clone()

@@ -1,0 +1,5 @@
+"""What may be generated."""
+
+from .protocol import Constraint
+
+__all__ = ["Constraint"]

@@ -1,0 +1,86 @@
+"""Where a search stands: everything the device knows, and nothing the host must ask it for."""
+
+import copy
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flashbeam.kernels import History, Limits, Pool, Requests, Slots
+
+from .hypotheses import Hypotheses, collect
+
+
+@dataclass
+class State:
+    """A batch of searches under way, made by ``BeamSearch.init`` and changed in place by ``BeamSearch.step``.
+
+    B requests, K slots, T steps at most. All tensors are allocated once. Besides the fields, ``done`` and ``flags`` are
+    what a caller's loop looks at.
+    """
+
+    slots: Slots
+    requests: Requests
+    history: History
+    pool: Pool
+    limits: Limits
+    temperature: Tensor | None  # float32 [B, K]; None where every request has 1
+    eos: Tensor | None  # int64 [n]
+    request_ids: Tensor  # int64 [B], key the randomness
+    in_place: bool  # finished hypotheses stay in their slots
+    pad_id: int
+    constraint_state: Any = None  # a nest of tensors, rows first
+    vocab_size: int | None = None  # known from the first logits on
+    without_eos: Tensor | None = None  # int32 [ceil(V / 32)], a bitmask of every token but EOS
+
+    @property
+    def batch_size(self) -> int:
+        """B."""
+        return self.slots.log_probs.shape[0]
+
+    @property
+    def beam_size(self) -> int:
+        """K, the widest request's."""
+        return self.slots.log_probs.shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors are."""
+        return self.slots.log_probs.device
+
+    @property
+    def done(self) -> Tensor:
+        """bool ``[B]``: the request needs no more steps. On the device; reading it does not synchronise."""
+        return self.requests.done
+
+    @property
+    def flags(self) -> Tensor:
+        """int32 ``[B]``: the sum of ``FLAG_NAN``, ``FLAG_INF`` and ``FLAG_DEAD_END`` where they occurred, else 0."""
+        return self.requests.flags
+
+    @property
+    def log_probs(self) -> Tensor:
+        """float32 ``[B, K]``: cumulative log-probability of what is in each slot; ``-inf`` in an empty one."""
+        return self.slots.log_probs
+
+    def all_done(self) -> bool:
+        """Whether every request is done. Waits for the device: the loop's only synchronisation."""
+        return bool(self.requests.done.all())
+
+    def best(self) -> Hypotheses:
+        """The best hypothesis of each request so far, finished or not (``N = 1``), for streaming."""
+        return collect(self, 1)
+
+    def clone(self) -> "State":
+        """A snapshot to go back to: it shares no memory that a step changes."""
+        return replace(self, **{field.name: _cloned(getattr(self, field.name)) for field in fields(self)})
+
+
+def _cloned(value: Any) -> Any:
+    """A nest with every tensor in it cloned."""
+    if isinstance(value, Tensor):
+        return value.clone()
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*map(_cloned, value))
+    return copy.deepcopy(value)  # tensors clone under deepcopy too

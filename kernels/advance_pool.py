@@ -1,0 +1,179 @@
+"""One step's bookkeeping where finished hypotheses leave the beam for a pool.
+
+Among the K best candidates of a request, EOS candidates included, those that end with EOS enter the pool; the K best
+others live on. The pool keeps the best K by score, or, for a patience rule, all in order of arrival. A request ends when
+its rule says so, at ``max_length`` (where the K best candidates of the step are hypotheses, ended or not), or when
+nothing is left to expand. One program owns a request; what it reads and writes does not grow with the step.
+"""
+
+import torch
+from torch import Tensor
+
+from .beamstate import (
+    History,
+    Limits,
+    Moves,
+    Pool,
+    Requests,
+    Slots,
+    endings,
+    fake_moves,
+    make_moves,
+    next_length,
+    record,
+    report_faults,
+)
+from .keys import pack_key, token_log_prob
+from .registration import register
+from .select import Candidates
+
+
+def _collect(pool: Pool, new: Pool, finish: Tensor, limits: Limits, last: Tensor, by_arrival: bool) -> None:
+    """Merge the candidates ``new [B, E]`` that ``finish`` into the pool."""
+    places = pool.scores.shape[1]
+    # behind what is in the pool, by rank within the step
+    order = new.ranks.masked_fill(~finish, torch.iinfo(torch.int32).max).sort(1).indices[:, :places]
+    finish = finish.gather(1, order)
+    new = Pool(*(field.gather(1, order) for field in new))
+    held = pool.log_probs > -torch.inf
+    if by_arrival:
+        number = held.sum(1, keepdim=True) + finish.cumsum(1)
+        finish &= (number <= limits.quota[:, None]) | last[:, None]
+        key = torch.cat([held, finish], 1).float()
+    else:
+        key = torch.cat([pool.scores, new.scores.masked_fill(~finish, -torch.inf)], 1)
+    order = key.sort(dim=1, descending=True, stable=True).indices[:, :places]
+    held = torch.cat([held, finish], 1).gather(1, order)
+    if not by_arrival:
+        held &= torch.arange(places, device=held.device) < limits.width[:, None]
+    for field, fresh in zip(pool, new, strict=True):
+        empty = -torch.inf if field.is_floating_point() else 0
+        field.copy_(torch.cat([field, fresh], 1).gather(1, order).masked_fill(~held, empty))
+
+
+def _advance_pool(
+    logits: Tensor,
+    bitmask: Tensor | None,
+    temperature: Tensor | None,
+    eos: Tensor | None,
+    candidates: list[Tensor],
+    slot_tensors: list[Tensor],
+    request_tensors: list[Tensor],
+    history_tensors: list[Tensor],
+    pool_tensors: list[Tensor],
+    limit_tensors: list[Tensor],
+    pad_id: int,
+    by_arrival: bool,
+    exact: bool,
+) -> Moves:
+    """The torch definition."""
+    best, slots, requests = Candidates(*candidates), Slots(*slot_tensors), Requests(*request_tensors)
+    history, pool, limits = History(*history_tensors), Pool(*pool_tensors), Limits(*limit_tensors)
+    batch, beams = slots.log_probs.shape
+    live = ~requests.done
+    length = next_length(requests, limits)
+    last = limits.max_length == length
+    width = limits.width[:, None]
+    place = torch.arange(beams, device=logits.device)
+    ranks = place.expand(batch, -1)
+    if eos is not None:
+        keys = pack_key(best.log_probs, best.parents), pack_key(best.adjusted, best.tokens)
+        may_end = (limits.min_length <= length) & live
+        ends = endings(logits, best.lse, bitmask, temperature, eos, slots, may_end, None, keys)
+        ranks = ends.other_ranks
+        finish = (ends.ranks < width) & (ends.log_probs > -torch.inf)
+        if bool(finish.any()):
+            scores = ends.log_probs / limits.length_norm.gather(1, length[:, None])
+            ids = (ends.tokens, ends.parents, requests.steps[:, None].expand_as(ends.tokens), ends.ranks)
+            new = Pool(scores, ends.log_probs, ends.token_log_probs, *(field.int() for field in ids))
+            _collect(pool, new, finish, limits, last, by_arrival)
+
+    keep = (best.log_probs > -torch.inf) & (place < width) & live[:, None]
+    keep &= (ranks < width) | ~last[:, None]
+    held = (pool.log_probs > -torch.inf).sum(1)
+    stop = torch.zeros_like(live)
+    if by_arrival:
+        stop = held >= limits.quota
+    elif exact:
+        worst = pool.scores.gather(1, width.long() - 1)[:, 0]
+        bound = best.log_probs[:, 0] / limits.bound_norm.gather(1, length[:, None])[:, 0]
+        stop = (held >= limits.width) & (worst >= bound)
+    keep &= ~(stop & ~last)[:, None]  # a request ended by its rule has its pool
+    none_left = ~keep.any(1)
+    report_faults(requests, best.flags, live & none_left & (held == 0))
+    requests.done.logical_or_(stop | last | none_left)
+
+    increments = token_log_prob(best.adjusted, best.lse.view(batch, -1).gather(1, best.parents))
+    record(requests, history, best.tokens, best.parents, increments, live)
+    kept = live[:, None]
+    slots.log_probs.copy_(torch.where(kept, best.log_probs.masked_fill(~keep, -torch.inf), slots.log_probs))
+    slots.lengths.add_(kept.int())
+    slots.ranks.copy_(torch.where(kept, ranks.int(), slots.ranks))
+    slots.active.copy_(keep & ~requests.done[:, None])
+    return make_moves(best.tokens, best.parents, keep, keep, logits.shape[0], pad_id)
+
+
+def _fake(
+    logits: Tensor,
+    bitmask: Tensor | None,
+    temperature: Tensor | None,
+    eos: Tensor | None,
+    candidates: list[Tensor],
+    slot_tensors: list[Tensor],
+    request_tensors: list[Tensor],
+    history_tensors: list[Tensor],
+    pool_tensors: list[Tensor],
+    limit_tensors: list[Tensor],
+    pad_id: int,
+    by_arrival: bool,
+    exact: bool,
+) -> Moves:
+    return fake_moves(candidates)
+
+
+_op = register(
+    "advance_pool_(Tensor logits, Tensor? bitmask, Tensor? temperature, Tensor? eos, Tensor[] candidates, "
+    "Tensor(a!)[] slots, Tensor(b!)[] requests, Tensor(c!)[] history, Tensor(d!)[] pool, Tensor[] limits, "
+    "int pad_id, bool by_arrival, bool exact) -> (Tensor, Tensor, Tensor, Tensor)",
+    _advance_pool,
+    _fake,
+    "advance_pool",
+)
+
+
+def advance_pool_(
+    logits: Tensor,
+    best: Candidates,
+    slots: Slots,
+    requests: Requests,
+    history: History,
+    pool: Pool,
+    limits: Limits,
+    *,
+    eos: Tensor | None,
+    pad_id: int,
+    by_arrival: bool,
+    exact: bool,
+    bitmask: Tensor | None = None,
+    temperature: Tensor | None = None,
+) -> Moves:
+    """Take one decode step in place: finish, keep, record, stop.
+
+    Args:
+        logits: ``[B * P, V]``, the rows that ``best`` was selected from; only their EOS columns are read.
+        best: the K best candidates that are not EOS, from ``top_candidates(..., exclude=eos)``.
+        slots, requests, history, pool: the search's tensors. Modified.
+        limits: what the user set.
+        eos: ``[n]`` int64, or ``None`` if nothing ends a hypothesis.
+        pad_id: token of idle slots.
+        by_arrival: the pool keeps hypotheses in order of arrival, and ``limits.quota`` of them end a request; otherwise
+            it keeps the best ``limits.width`` by score.
+        exact: end a request once no live beam can still enter its pool.
+        bitmask, temperature: as given to ``top_candidates``; the bitmask may bar EOS.
+
+    Returns:
+        :class:`Moves`.
+    """
+    return Moves(
+        *_op(logits, bitmask, temperature, eos, best, slots, requests, history, pool, limits, pad_id, by_arrival, exact)
+    )

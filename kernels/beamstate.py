@@ -1,0 +1,163 @@
+"""The tensors a search keeps on the device, and how candidates that end are told from those that live on.
+
+Everything is preallocated; one decode step writes it in place. K slots, T steps, F places in the pool of finished
+hypotheses, ``T + 1`` lengths. A hypothesis is a path through the history: (token, parent) at each step, no prefix copied.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .bitmask import bits_at
+from .keys import adjust, lexsort_descending, pack_key, token_log_prob
+from .lse import FLAG_INF, FLAG_NAN
+
+FLAG_DEAD_END = 4
+
+
+class Slots(NamedTuple):
+    """What is in each beam slot."""
+
+    log_probs: Tensor  # float32 [B, K], cumulative, natural log; -inf in an empty slot
+    lengths: Tensor  # int32 [B, K], generated tokens, EOS included
+    ranks: Tensor  # int32 [B, K], place among the candidates of the last step
+    ended: Tensor  # bool [B, K], ends with EOS and stays in its slot (in place only)
+    active: Tensor  # bool [B, K], is to be expanded: its row of logits is read
+
+
+class Requests(NamedTuple):
+    """How far each request is."""
+
+    done: Tensor  # bool [B]
+    flags: Tensor  # int32 [B], FLAG_NAN, FLAG_INF, FLAG_DEAD_END
+    steps: Tensor  # int32 [B], decode steps made; stands still when done
+
+
+class History(NamedTuple):
+    """What was chosen at each step."""
+
+    tokens: Tensor  # int32 [T, B, K]
+    parents: Tensor  # int32 [T, B, K], slot at the step before
+    token_log_probs: Tensor  # float32 [T, B, K]
+
+
+class Pool(NamedTuple):
+    """Finished hypotheses: a path through the history to (step - 1, parent), then an EOS token at ``step``."""
+
+    scores: Tensor  # float32 [B, F]; -inf in an empty place
+    log_probs: Tensor  # float32 [B, F]
+    token_log_probs: Tensor  # float32 [B, F], of the EOS
+    tokens: Tensor  # int32 [B, F], the EOS
+    parents: Tensor  # int32 [B, F]
+    steps: Tensor  # int32 [B, F], counted from 0
+    ranks: Tensor  # int32 [B, F], place among the candidates of that step
+
+
+class Limits(NamedTuple):
+    """What the user set, per request. Constant during a search."""
+
+    width: Tensor  # int32 [B], beams in use
+    min_length: Tensor  # int32 [B]
+    max_length: Tensor  # int32 [B]
+    quota: Tensor  # int32 [B], finished hypotheses that end the request
+    length_norm: Tensor  # float32 [B, T + 1], score = log_prob / length_norm[length]
+    bound_norm: Tensor  # float32 [B, T + 1], greatest length_norm of a length still open after so many tokens
+
+
+class Moves(NamedTuple):
+    """Which beams go on, for the caller's loop: see ``Step`` in flashbeam."""
+
+    tokens: Tensor  # int64 [B, K]
+    parents: Tensor  # int64 [B, K]
+    source_rows: Tensor  # int64 [B * K]
+    valid: Tensor  # bool [B, K]
+
+
+class Endings(NamedTuple):
+    """The EOS candidates of a step, ``E = P * n_eos`` per request, and the order they and the others are in."""
+
+    log_probs: Tensor  # float32 [B, E]; -inf where EOS may not follow
+    parents: Tensor  # int64 [B, E]
+    tokens: Tensor  # int64 [B, E]
+    token_log_probs: Tensor  # float32 [B, E]
+    ranks: Tensor  # int64 [B, E], place among all candidates of the step
+    other_ranks: Tensor  # int64 [B, M], the same of the other candidates
+
+
+def endings(
+    logits: Tensor,
+    lse: Tensor,
+    bitmask: Tensor | None,
+    temperature: Tensor | None,
+    eos: Tensor,
+    slots: Slots,
+    may_end: Tensor,
+    divisor: Tensor | None,
+    other_keys: tuple[Tensor, Tensor],
+) -> Endings:
+    """The EOS candidates of rows ``logits [B * P, V]`` and their ranks among all candidates.
+
+    ``may_end`` is bool ``[B]``; ``other_keys`` are the keys ``[B, M]`` of the candidates that do not end here.
+    """
+    batch = slots.log_probs.shape[0]
+    parents, count = logits.shape[0] // batch, eos.shape[0]
+    adjusted = adjust(logits[:, eos], None if temperature is None else temperature[:, None])
+    if bitmask is not None:
+        adjusted = adjusted.masked_fill(~bits_at(bitmask, slice(None), eos), -torch.inf)
+    increment = token_log_prob(adjusted, lse[:, None]).view(batch, parents, count)
+    open_slots = slots.active[:, :parents] & may_end[:, None]
+    base = slots.log_probs[:, :parents].masked_fill(~open_slots, -torch.inf)
+    log_probs = (base[:, :, None] + increment).flatten(1)  # [B, P * n_eos]
+    parent = torch.arange(parents, device=eos.device).repeat_interleave(count).expand(batch, -1)
+    token = eos.repeat(parents).expand(batch, -1)
+    scores = log_probs if divisor is None else log_probs / divisor[:, None]
+    first = torch.cat([other_keys[0], pack_key(scores, parent)], 1)
+    second = torch.cat([other_keys[1], pack_key(adjusted.view(batch, -1), token)], 1)
+    order = lexsort_descending(first, second)
+    place = torch.arange(order.shape[1], device=order.device).expand_as(order)
+    ranks = torch.empty_like(order).scatter_(1, order, place)
+    others = other_keys[0].shape[1]
+    return Endings(log_probs, parent, token, increment.flatten(1), ranks[:, others:], ranks[:, :others])
+
+
+def next_length(requests: Requests, limits: Limits) -> Tensor:
+    """int64 ``[B]``: tokens in a hypothesis after this step; stays inside the tables of ``limits``."""
+    return (requests.steps + 1).clamp(max=limits.length_norm.shape[1] - 1).long()
+
+
+def record(
+    requests: Requests, history: History, tokens: Tensor, parents: Tensor, increments: Tensor, live: Tensor
+) -> None:
+    """Write one step ``[B, K]`` of the live requests into the history, count it, and mark nothing else."""
+    step = requests.steps.clamp(max=history.tokens.shape[0] - 1).long()
+    request = torch.arange(step.shape[0], device=step.device)
+    for field, now in zip(history, (tokens, parents, increments), strict=True):
+        field[step, request] = torch.where(live[:, None], now.to(field.dtype), field[step, request])
+    requests.steps.add_(live.int())
+
+
+def report_faults(requests: Requests, row_flags: Tensor, dead_end: Tensor) -> None:
+    """Raise the flags of a step: ``row_flags`` int32 ``[B * P]`` of the rows read, ``dead_end`` bool ``[B]``."""
+    rows = row_flags.view(requests.flags.shape[0], -1)
+    for flag in (FLAG_NAN, FLAG_INF):
+        requests.flags.bitwise_or_((rows & flag).amax(1))
+    requests.flags.bitwise_or_(dead_end.int() * FLAG_DEAD_END)
+
+
+def make_moves(tokens: Tensor, parents: Tensor, keep: Tensor, moving: Tensor, rows: int, pad_id: int) -> Moves:
+    """Moves of the slots in ``keep [B, K]``, whose caches come along where ``moving``; the others are idle."""
+    batch, beams = keep.shape
+    per_request = rows // batch
+    slot = torch.arange(beams, device=keep.device)
+    source = torch.where(moving, parents, slot.clamp(max=per_request - 1))
+    first_row = torch.arange(0, rows, per_request, device=keep.device)[:, None]
+    return Moves(
+        torch.where(keep, tokens, pad_id), torch.where(keep, parents, slot), (source + first_row).flatten(), keep
+    )
+
+
+def fake_moves(candidates: list[Tensor]) -> Moves:
+    """Shapes and dtypes of :class:`Moves`, for tracing."""
+    ids = torch.empty_like(candidates[1])
+    return Moves(ids, torch.empty_like(ids), ids.new_empty(ids.numel()), ids.new_empty(ids.shape, dtype=torch.bool))

@@ -1,0 +1,128 @@
+"""The only error texts about arguments: ``<argument>: expected X, got Y``.
+
+All checks read metadata only (shape, dtype, stride, device), so they never synchronise and vanish under ``torch.compile``.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+LOGITS_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def _dtype_names(dtypes: Sequence[torch.dtype]) -> str:
+    return " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+
+
+def check_tensor(name: str, value: Any) -> None:
+    """``value`` is a tensor."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
+
+
+def check_dtype(name: str, tensor: Tensor, *dtypes: torch.dtype) -> None:
+    """``tensor`` is a tensor of one of ``dtypes``."""
+    check_tensor(name, tensor)
+    if tensor.dtype not in dtypes:
+        raise TypeError(f"{name}: expected {_dtype_names(dtypes)}, got {str(tensor.dtype).removeprefix('torch.')}")
+
+
+def check_shape(name: str, tensor: Tensor, symbols: str, *sizes: int | None) -> None:
+    """``tensor`` has ``len(sizes)`` dimensions, equal to ``sizes`` where those are not ``None``.
+
+    ``symbols`` is how the documentation writes the shape, for example ``"[B, K]"``.
+    """
+    shape = tuple(tensor.shape)
+    fits = len(shape) == len(sizes) and all(want is None or want == got for want, got in zip(sizes, shape, strict=True))
+    if not fits:
+        wanted = symbols
+        if all(size is not None for size in sizes):
+            wanted = f"{symbols} = {list(sizes)}"
+        raise ValueError(f"{name}: expected shape {wanted}, got {list(shape)}")
+
+
+def check_unit_stride(name: str, tensor: Tensor) -> None:
+    """``tensor`` is dense along its last dimension."""
+    if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+        raise ValueError(f"{name}: expected unit stride in the last dimension, got strides {tuple(tensor.stride())}")
+
+
+def check_same_device(**tensors: Tensor | None) -> None:
+    """All tensors given live on one device."""
+    present = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    first, reference = next(iter(present.items()))
+    for name, tensor in present.items():
+        if tensor.device != reference.device:
+            raise ValueError(
+                f"{name}: expected all tensors on one device, got {first} on {reference.device}, {name} on {tensor.device}"
+            )
+
+
+def check_range(name: str, value: int, low: int, high: int | None = None) -> None:
+    """``value`` is an int with ``low <= value <= high``; no upper limit if ``high`` is ``None``."""
+    wanted = f"an int in [{low}, {high}]" if high is not None else f"an int >= {low}"
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name}: expected {wanted}, got {type(value).__name__}")
+    if value < low or (high is not None and value > high):
+        raise ValueError(f"{name}: expected {wanted}, got {value}")
+
+
+def check_dims(name: str, tensor: Tensor, least: int) -> None:
+    """``tensor`` has at least ``least`` dimensions."""
+    if tensor.dim() < least:
+        raise ValueError(f"{name}: expected at least {least} dimension{'s'[: least > 1]}, got {tensor.dim()}")
+
+
+def check_writable(name: str, tensor: Tensor) -> None:
+    """No two elements of ``tensor`` share memory by expansion."""
+    if any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)):
+        raise ValueError(f"{name}: expected a tensor without expanded dimensions, got strides {tuple(tensor.stride())}")
+
+
+def check_apart(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+    """The address ranges of two tensors do not meet."""
+    # addresses do not exist while tracing
+    if torch.compiler.is_compiling() or tensor.numel() == 0 or other.numel() == 0:
+        return
+    if tensor.data_ptr() <= _last_byte(other) and other.data_ptr() <= _last_byte(tensor):
+        raise ValueError(f"{name}: expected memory apart from {other_name}, got a tensor that overlaps it")
+
+
+def _last_byte(tensor: Tensor) -> int:
+    steps = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.data_ptr() + (steps + 1) * tensor.element_size() - 1
+
+
+def check_rows(logits: Tensor, vocab_size: int | None, bitmask: Tensor | None, temperature: Tensor | None) -> int:
+    """Check what every operation over logits ``[R, V]`` takes, and return the vocabulary size in force."""
+    check_dtype("logits", logits, *LOGITS_DTYPES)
+    check_shape("logits", logits, "[R, V]", None, None)
+    check_unit_stride("logits", logits)
+    rows, columns = logits.shape
+    if columns == 0:
+        raise ValueError("logits: expected at least one column, got shape " + str(list(logits.shape)))
+    if vocab_size is None:
+        vocab_size = columns
+    check_range("vocab_size", vocab_size, 1, columns)
+    if bitmask is not None:
+        check_dtype("bitmask", bitmask, torch.int32)
+        if bitmask.dim() != 2 or bitmask.shape[0] != rows or bitmask.shape[1] < -(-vocab_size // 32):
+            words = -(-vocab_size // 32)
+            raise ValueError(
+                f"bitmask: expected shape [R, ceil(V / 32)] = [{rows}, {words}], got {list(bitmask.shape)}"
+            )
+        check_unit_stride("bitmask", bitmask)
+    if temperature is not None:
+        check_dtype("temperature", temperature, torch.float32)
+        check_shape("temperature", temperature, "[R]", rows)
+    check_same_device(logits=logits, bitmask=bitmask, temperature=temperature)
+    return vocab_size
+
+
+def check_normalize(normalize: str) -> bool:
+    """Whether log-probabilities are renormalised over the allowed tokens."""
+    if normalize not in ("vocab", "allowed"):
+        raise ValueError(f"normalize: expected 'vocab' or 'allowed', got {normalize!r}")
+    return normalize == "allowed"

@@ -1,0 +1,229 @@
+"""The exact best ``k`` of all P * V candidates of each request, decided from the summary.
+
+    log_prob(p, j) = log_probs[b, p] + min(x[p, j] / temperature - lse[p], 0)
+    score(p, j)    = log_prob(p, j) / divisor[b]
+
+Candidates are ordered by (score descending, parent p ascending, adjusted logit x / temperature descending, token j
+ascending). Selection narrows tiles to groups to elements:
+
+    the k best tiles  ->  the k + 63 best groups in them  ->  the k best elements in those
+
+A set ranks by the key of its best element. Tiles are contiguous, so equal maxima are in order of the tile, and k tiles
+are enough. A strided group's maximum does not say which token attains it, so equal maxima inside one tile are ranked
+arbitrarily; at most 63 groups can jump ahead of the right one that way, and 63 more are taken. The number of values
+looked at depends on P, V and k alone, never on the data. The proof is in docs/algorithms.md.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .bitmask import bits_at
+from .checks import check_dtype, check_normalize, check_range, check_rows, check_same_device, check_shape, check_tensor
+from .keys import adjust, lexsort_descending, pack_key, token_log_prob
+from .lse import row_lse_op
+from .registration import register
+from .summary import GROUP_SIZE, GROUPS, TILE, summarize_op
+
+_WORST = torch.iinfo(torch.int64).min
+
+
+def _best(first: Tensor, second: Tensor, n: int) -> Tensor:
+    """Positions ``[B, n]``, ascending, of the ``n`` greatest of ``M`` pairs of keys ``[B, M]``; pairs are distinct."""
+    batch, size = first.shape
+    if n >= size:
+        return torch.arange(size, device=first.device).expand(batch, size)
+    threshold = first.topk(n, sorted=False).values.amin(-1, keepdim=True)
+    chosen = first >= threshold
+    if bool((chosen.sum(-1) > n).any()):  # ties at the threshold: the second key decides
+        above = first > threshold
+        tied = chosen & ~above
+        need = n - above.sum(-1, keepdim=True)
+        cut = second.masked_fill(~tied, _WORST).topk(n).values.gather(-1, need - 1)
+        chosen = above | (tied & (second >= cut))
+    return chosen.nonzero()[:, 1].view(batch, n)
+
+
+class _Rows:
+    """The formulas at the top of this page, for candidates given by logit, parent and token, each ``[B, M]``."""
+
+    def __init__(self, log_probs: Tensor, lse: Tensor, temperature: Tensor | None, divisor: Tensor | None):
+        batch, parents = log_probs.shape
+        self.log_probs = log_probs
+        self.lse = lse.view(batch, parents)
+        self.temperature = None if temperature is None else temperature.view(batch, parents)
+        self.divisor = divisor
+
+    def score(self, x: Tensor, parent: Tensor) -> tuple[Tensor, Tensor]:
+        """(log_prob, adjusted logit) of candidates."""
+        adjusted = adjust(x, None if self.temperature is None else self.temperature.gather(1, parent))
+        return self.log_probs.gather(1, parent) + token_log_prob(adjusted, self.lse.gather(1, parent)), adjusted
+
+    def keys(self, x: Tensor, parent: Tensor, token: Tensor) -> tuple[Tensor, Tensor]:
+        """The keys of candidates, see ``kernels/keys.py``."""
+        log_prob, adjusted = self.score(x, parent)
+        score = log_prob if self.divisor is None else log_prob / self.divisor[:, None]
+        return pack_key(score, parent), pack_key(adjusted, token)
+
+
+def _select(
+    logits: Tensor,
+    log_probs: Tensor,
+    group_max: Tensor,
+    tile_max: Tensor,
+    lse: Tensor,
+    vocab_size: int,
+    k: int,
+    bitmask: Tensor | None,
+    temperature: Tensor | None,
+    exclude: Tensor | None,
+    divisor: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The torch definition."""
+    batch, parents = log_probs.shape
+    tiles = tile_max.shape[1]
+    rows = _Rows(log_probs, lse, temperature, divisor)
+
+    # tiles: [B, P * tiles]
+    place = torch.arange(parents * tiles, device=logits.device).expand(batch, -1)
+    keys = rows.keys(tile_max.view(batch, -1), place // tiles, place % tiles)
+    place = _best(*keys, k)  # [B, N1]
+    parent, tile = place // tiles, place % tiles
+
+    # groups: [B, N1 * 64]
+    x = group_max.view(batch, parents * tiles, GROUPS).gather(1, place[:, :, None].expand(-1, -1, GROUPS)).flatten(1)
+    parent = parent.repeat_interleave(GROUPS, 1)
+    token = (tile[:, :, None] * TILE + torch.arange(GROUPS, device=logits.device)).flatten(1)
+    place = _best(*rows.keys(x, parent, token), k + GROUPS - 1)  # [B, N2]
+    parent, token = parent.gather(1, place), token.gather(1, place)
+
+    # elements: [B, N2 * 32]
+    parent = parent.repeat_interleave(GROUP_SIZE, 1)
+    token = (token[:, :, None] + torch.arange(0, TILE, GROUPS, device=logits.device)).flatten(1)
+    row = parent + torch.arange(batch, device=logits.device)[:, None] * parents
+    barred = token >= vocab_size
+    inside = token.clamp(max=vocab_size - 1)
+    x = logits[row, inside]
+    if bitmask is not None:
+        barred |= ~bits_at(bitmask, row, inside)
+    if exclude is not None:
+        barred |= torch.isin(token, exclude)
+    x = x.masked_fill(barred, -torch.inf)
+    first, second = rows.keys(x, parent, token)
+    place = _best(first, second, k)
+    place = place.gather(1, lexsort_descending(first.gather(1, place), second.gather(1, place)))
+    parent, token, x = parent.gather(1, place), token.gather(1, place), x.gather(1, place)
+    log_prob, adjusted = rows.score(x, parent)
+
+    # invalid places: ids in range, and equal to what the kernel writes
+    invalid = log_prob == -torch.inf
+    parent, token = parent.masked_fill(invalid, 0), token.masked_fill(invalid, 0)
+    adjusted = adjusted.masked_fill(invalid, -torch.inf)
+    missing = k - place.shape[1]
+    if missing > 0:
+        pad = torch.nn.functional.pad
+        log_prob, adjusted = (pad(t, (0, missing), value=-torch.inf) for t in (log_prob, adjusted))
+        parent, token = pad(parent, (0, missing)), pad(token, (0, missing))
+    return log_prob, parent, token, adjusted
+
+
+def _fake_select(
+    logits: Tensor,
+    log_probs: Tensor,
+    group_max: Tensor,
+    tile_max: Tensor,
+    lse: Tensor,
+    vocab_size: int,
+    k: int,
+    bitmask: Tensor | None,
+    temperature: Tensor | None,
+    exclude: Tensor | None,
+    divisor: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    floats = log_probs.new_empty(log_probs.shape[0], k)
+    ids = floats.new_empty(floats.shape, dtype=torch.int64)
+    return floats, ids, torch.empty_like(ids), torch.empty_like(floats)
+
+
+_select_op = register(
+    "select(Tensor logits, Tensor log_probs, Tensor group_max, Tensor tile_max, Tensor lse, SymInt vocab_size, SymInt k, "
+    "Tensor? bitmask, Tensor? temperature, Tensor? exclude, Tensor? divisor) -> (Tensor, Tensor, Tensor, Tensor)",
+    _select,
+    _fake_select,
+    "select",
+)
+
+
+class Candidates(NamedTuple):
+    """The best candidates of each request in the total order, and what deciding further needs. Rows are ``B * P``."""
+
+    log_probs: Tensor  # float32 [B, k], cumulative, natural log; -inf where there is no candidate
+    parents: Tensor  # int64 [B, k]
+    tokens: Tensor  # int64 [B, k]
+    adjusted: Tensor  # float32 [B, k], logit after temperature
+    lse: Tensor  # float32 [B * P]
+    flags: Tensor  # int32 [B * P], FLAG_NAN and FLAG_INF
+
+
+def flatten_rows(logits: Tensor) -> Tensor:
+    """Logits ``[B, P, V]`` or ``[R, V]`` as rows ``[R, V]``, without gradient."""
+    check_tensor("logits", logits)
+    if logits.dim() not in (2, 3):
+        raise ValueError(f"logits: expected shape [B, P, V] or [R, V], got {list(logits.shape)}")
+    return logits.detach().flatten(0, -2)
+
+
+def top_candidates(
+    logits: Tensor,
+    log_probs: Tensor,
+    k: int,
+    *,
+    bitmask: Tensor | None = None,
+    temperature: Tensor | None = None,
+    active: Tensor | None = None,
+    exclude: Tensor | None = None,
+    divisor: Tensor | None = None,
+    normalize: str = "vocab",
+    vocab_size: int | None = None,
+) -> Candidates:
+    """Read the logits once and find each request's ``k`` best candidates: see :func:`select_beams`.
+
+    Args:
+        logits: ``[B, P, V]`` or ``[B * P, V]``.
+        log_probs: ``[B, P]`` float32 of the parents; ``-inf`` marks a parent that is not expanded.
+        k: candidates per request.
+        bitmask: ``[B * P, ceil(V / 32)]`` int32.
+        temperature: ``[B * P]`` float32.
+        active: ``[B * P]`` bool; other rows are not read.
+        exclude: ``[n]`` int64; tokens that are normalised over but are no candidates.
+        divisor: ``[B]`` float32 above 0; candidates rank by ``log_prob / divisor``.
+        normalize: ``"vocab"`` or ``"allowed"``.
+        vocab_size: columns from here on are padding.
+
+    Returns:
+        :class:`Candidates`.
+
+    Raises:
+        ValueError: shapes, strides, devices or ranges differ from the above.
+        TypeError: a dtype differs from the above.
+    """
+    rows = flatten_rows(logits)
+    vocab_size = check_rows(rows, vocab_size, bitmask, temperature)
+    check_range("k", k, 1)
+    check_dtype("log_probs", log_probs, torch.float32)
+    check_shape("log_probs", log_probs, "[B, P]", None, None)
+    if log_probs.numel() != rows.shape[0]:
+        raise ValueError(f"log_probs: expected one per row of logits, {rows.shape[0]}, got {list(log_probs.shape)}")
+    if divisor is not None:
+        check_dtype("divisor", divisor, torch.float32)
+        check_shape("divisor", divisor, "[B]", log_probs.shape[0])
+    check_same_device(logits=rows, log_probs=log_probs, active=active, exclude=exclude, divisor=divisor)
+    log_probs = log_probs.detach().contiguous()
+    renormalize = check_normalize(normalize)
+    group_max, tile_max, tile_ref, tile_sum, _ = summarize_op(
+        rows, vocab_size, bitmask, temperature, active, exclude, renormalize, False
+    )
+    lse, flags = row_lse_op(tile_ref, tile_sum, temperature)
+    best = _select_op(rows, log_probs, group_max, tile_max, lse, vocab_size, k, bitmask, temperature, exclude, divisor)
+    return Candidates(*best, lse, flags)

@@ -1,0 +1,1 @@
+"""Triton implementations: jit code and launchers, nothing else. Imported at the first launch on a GPU."""

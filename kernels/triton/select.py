@@ -1,0 +1,294 @@
+"""Tiles to groups to elements: one program decides one request.
+
+Each narrowing writes the keys of its candidates to scratch memory, finds the key of the last one to keep by radix
+selection (eight bits at a time, as many digits as it takes to tell the candidates apart), and compacts in order. Scratch
+is read by other threads of the same program only, behind a barrier.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..summary import GROUP_SIZE, GROUPS, TILE
+from .keys import key_index, key_value, pack_key, token_log_prob
+
+_R = tl.constexpr(GROUP_SIZE)
+_C = tl.constexpr(GROUPS)
+_TILE = tl.constexpr(TILE)
+
+
+@triton.jit
+def _keys(x, parent, token, inside, log_probs_ptr, lse_ptr, temperature_ptr, divisor, HAS_TEMPERATURE: tl.constexpr):
+    """The two keys of candidates with logits ``x``; pointers are the request's."""
+    adjusted = x
+    if HAS_TEMPERATURE:
+        adjusted = tl.div_rn(x, tl.load(temperature_ptr + parent, mask=inside, other=1.0))
+    adjusted = tl.where(adjusted == adjusted, adjusted, -float("inf"))  # NaN counts as -inf
+    lse = tl.load(lse_ptr + parent, mask=inside, other=0.0)
+    log_prob = tl.load(log_probs_ptr + parent, mask=inside, other=-float("inf")) + token_log_prob(adjusted, lse)
+    return pack_key(tl.div_rn(log_prob, divisor), parent), pack_key(adjusted, token)
+
+
+@triton.jit
+def _threshold(key_ptr, tie_ptr, tie_key, size, need, TIED: tl.constexpr, BLOCK: tl.constexpr):
+    """Prefix (and its mask) of the ``need``-th greatest key, as long as it takes to tell that key from the next.
+
+    Returns (mask, prefix, how many of the keys with that prefix are needed, whether that is all of them).
+    """
+    mask = tl.full([], 0, tl.int64)
+    prefix = tl.full([], 0, tl.int64)
+    settled = tl.full([], 0, tl.int32)
+    shift = tl.full([], 56, tl.int64)
+    bins = tl.arange(0, 512)  # 256 digits, and a bin for what does not match
+    for _ in range(8):
+        if settled == 0:
+            flip = tl.where(shift == 56, 128, 0)  # the sign bit counts downwards
+            histogram = tl.zeros([512], tl.int32)
+            for start in range(0, size, BLOCK):
+                place = start + tl.arange(0, BLOCK)
+                inside = place < size
+                key = tl.load(key_ptr + place, mask=inside, other=0)
+                match = inside & ((key & mask) == prefix)
+                if TIED:
+                    match = match & (tl.load(tie_ptr + place, mask=inside, other=0) == tie_key)
+                digit = ((key >> shift) & 255).to(tl.int32) ^ flip
+                histogram += tl.histogram(tl.where(match, digit, 256), 512)
+            histogram = tl.where(bins < 256, histogram, 0)
+            digit = tl.sum((tl.cumsum(histogram, 0, reverse=True) >= need).to(tl.int32), 0) - 1
+            need -= tl.sum(tl.where(bins > digit, histogram, 0), 0)
+            settled = (tl.sum(tl.where(bins == digit, histogram, 0), 0) == need).to(tl.int32)
+            prefix = prefix | ((digit ^ flip).to(tl.int64) << shift)
+            mask = mask | (tl.full([], 255, tl.int64) << shift)
+            shift -= 8
+    return mask, prefix, need, settled
+
+
+@triton.jit
+def _best(first_ptr, second_ptr, out_ptr, size, n, BLOCK: tl.constexpr):
+    """Write the positions, ascending, of the ``n`` greatest of ``size`` pairs of keys; pairs are distinct."""
+    mask_first = tl.full([], 0, tl.int64)
+    prefix_first = tl.full([], 0, tl.int64)
+    mask_second = tl.full([], 0, tl.int64)
+    prefix_second = tl.full([], 0, tl.int64)
+    if n < size:
+        mask_first, prefix_first, need, settled = _threshold(first_ptr, first_ptr, mask_first, size, n, False, BLOCK)
+        if settled == 0:
+            mask_second, prefix_second, _, _ = _threshold(second_ptr, first_ptr, prefix_first, size, need, True, BLOCK)
+    base = tl.full([], 0, tl.int32)
+    for start in range(0, size, BLOCK):
+        place = start + tl.arange(0, BLOCK)
+        inside = place < size
+        first = tl.load(first_ptr + place, mask=inside, other=0) & mask_first
+        second = tl.load(second_ptr + place, mask=inside, other=0) & mask_second
+        chosen = (first > prefix_first) | ((first == prefix_first) & (second >= prefix_second))
+        chosen = (chosen & inside).to(tl.int32)
+        tl.store(out_ptr + base + tl.cumsum(chosen, 0) - 1, place, mask=chosen != 0)
+        base += tl.sum(chosen, 0)
+
+
+@triton.jit
+def _select_kernel(
+    # inputs
+    x_ptr,  # *T [B * P, V]
+    log_probs_ptr,  # *f32 [B, P]
+    group_max_ptr,  # *T [B * P, N, 64]
+    tile_max_ptr,  # *T [B * P, N]
+    lse_ptr,  # *f32 [B * P]
+    bits_ptr,  # *i32 [B * P, W] or unused
+    temperature_ptr,  # *f32 [B * P] or unused
+    exclude_ptr,  # *i64 [N_EXCLUDE] or unused
+    divisor_ptr,  # *f32 [B] or unused
+    # outputs
+    out_log_probs_ptr,  # *f32 [B, k]
+    out_parents_ptr,  # *i64 [B, k]
+    out_tokens_ptr,  # *i64 [B, k]
+    out_adjusted_ptr,  # *f32 [B, k]
+    # scratch of a request
+    keys_ptr,  # *i64 [B, 2, size]
+    places_ptr,  # *i32 [B, 3, most]
+    # sizes and strides, in elements
+    parents,
+    tiles,
+    vocab_size,
+    k,
+    scratch,
+    most,
+    stride_x,
+    stride_bits,
+    # meta-parameters
+    HAS_BITMASK: tl.constexpr,
+    HAS_TEMPERATURE: tl.constexpr,
+    N_EXCLUDE: tl.constexpr,
+    HAS_DIVISOR: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_RANK: tl.constexpr,
+):
+    request = tl.program_id(0).to(tl.int64)
+    row = request * parents  # of the request's first parent
+    log_probs_ptr += row
+    lse_ptr += row
+    temperature_ptr += row
+    tile_max_ptr += row * tiles
+    group_max_ptr += row * tiles * _C
+    x_ptr += row * stride_x
+    bits_ptr += row * stride_bits
+    first_ptr = keys_ptr + request * 2 * scratch
+    second_ptr = first_ptr + scratch
+    tiles_ptr = places_ptr + request * 3 * most  # the tiles kept
+    groups_ptr = tiles_ptr + most  # the groups kept, as positions in the groups of those tiles
+    elements_ptr = groups_ptr + most  # the elements kept, as positions in the elements of those groups
+    divisor = 1.0
+    if HAS_DIVISOR:
+        divisor = tl.load(divisor_ptr + request)
+
+    size = parents * tiles
+    for start in range(0, size, BLOCK):
+        place = start + tl.arange(0, BLOCK)
+        inside = place < size
+        x = tl.load(tile_max_ptr + place, mask=inside, other=-float("inf")).to(tl.float32)
+        first, second = _keys(
+            x, place // tiles, place % tiles, inside, log_probs_ptr, lse_ptr, temperature_ptr, divisor, HAS_TEMPERATURE
+        )
+        tl.store(first_ptr + place, first, mask=inside)
+        tl.store(second_ptr + place, second, mask=inside)
+    tl.debug_barrier()
+    kept = tl.minimum(k, size)
+    _best(first_ptr, second_ptr, tiles_ptr, size, kept, BLOCK)
+    tl.debug_barrier()
+
+    size = kept * _C
+    for start in range(0, size, BLOCK):
+        place = start + tl.arange(0, BLOCK)
+        inside = place < size
+        tile = tl.load(tiles_ptr + place // _C, mask=inside, other=0)
+        parent = tile // tiles
+        group = tile.to(tl.int64) * _C + place % _C
+        x = tl.load(group_max_ptr + group, mask=inside, other=-float("inf")).to(tl.float32)
+        token = (tile % tiles) * _TILE + place % _C  # the group's lowest
+        first, second = _keys(
+            x, parent, token, inside, log_probs_ptr, lse_ptr, temperature_ptr, divisor, HAS_TEMPERATURE
+        )
+        tl.store(first_ptr + place, first, mask=inside)
+        tl.store(second_ptr + place, second, mask=inside)
+    tl.debug_barrier()
+    kept = tl.minimum(k + _C - 1, size)
+    _best(first_ptr, second_ptr, groups_ptr, size, kept, BLOCK)
+    tl.debug_barrier()
+
+    size = kept * _R
+    for start in range(0, size, BLOCK):
+        place = start + tl.arange(0, BLOCK)
+        inside = place < size
+        group = tl.load(groups_ptr + place // _R, mask=inside, other=0)
+        tile = tl.load(tiles_ptr + group // _C, mask=inside, other=0)
+        parent = tile // tiles
+        token = (tile % tiles) * _TILE + (place % _R) * _C + group % _C
+        candidate = inside & (token < vocab_size)
+        if HAS_BITMASK:
+            word = tl.load(bits_ptr + parent.to(tl.int64) * stride_bits + token // 32, mask=candidate, other=0)
+            candidate = candidate & (((word >> (token % 32)) & 1) != 0)
+        for i in tl.static_range(N_EXCLUDE):
+            candidate = candidate & (token != tl.load(exclude_ptr + i))
+        x = tl.load(x_ptr + parent.to(tl.int64) * stride_x + token, mask=candidate, other=-float("inf")).to(tl.float32)
+        first, second = _keys(
+            x, parent, token, inside, log_probs_ptr, lse_ptr, temperature_ptr, divisor, HAS_TEMPERATURE
+        )
+        tl.store(first_ptr + place, first, mask=inside)
+        tl.store(second_ptr + place, second, mask=inside)
+    tl.debug_barrier()
+    kept = tl.minimum(k, size)
+    _best(first_ptr, second_ptr, elements_ptr, size, kept, BLOCK)
+    tl.debug_barrier()
+
+    # the place of an element in the order is the number of elements before it
+    for start in range(0, k, BLOCK_RANK):
+        place = start + tl.arange(0, BLOCK_RANK)
+        inside = place < kept
+        element = tl.load(elements_ptr + place, mask=inside, other=0)
+        first = tl.load(first_ptr + element, mask=inside, other=0)
+        second = tl.load(second_ptr + element, mask=inside, other=0)
+        rank = tl.zeros([BLOCK_RANK], tl.int32)
+        for other_start in range(0, kept, BLOCK_RANK):
+            other_place = other_start + tl.arange(0, BLOCK_RANK)
+            other_inside = other_place < kept
+            other = tl.load(elements_ptr + other_place, mask=other_inside, other=0)
+            other_first = tl.load(first_ptr + other, mask=other_inside, other=0)[None, :]
+            other_second = tl.load(second_ptr + other, mask=other_inside, other=0)[None, :]
+            before = (other_first > first[:, None]) | (
+                (other_first == first[:, None]) & (other_second > second[:, None])
+            )
+            rank += tl.sum((before & other_inside[None, :]).to(tl.int32), 1)
+        rank = tl.where(inside, rank, place)  # places beyond the candidates stay where they are
+        parent = tl.where(inside, key_index(first), 0)
+        adjusted = tl.where(inside, key_value(second), -float("inf"))
+        lse = tl.load(lse_ptr + parent)
+        log_prob = tl.load(log_probs_ptr + parent) + token_log_prob(adjusted, lse)
+        valid = log_prob > -float("inf")
+        out = request * k + rank
+        inside = place < k
+        tl.store(out_log_probs_ptr + out, log_prob, mask=inside)
+        tl.store(out_parents_ptr + out, tl.where(valid, parent, 0), mask=inside)
+        tl.store(out_tokens_ptr + out, tl.where(valid, key_index(second), 0), mask=inside)
+        tl.store(out_adjusted_ptr + out, tl.where(valid, adjusted, -float("inf")), mask=inside)
+
+
+def launch_select(
+    logits: Tensor,
+    log_probs: Tensor,
+    group_max: Tensor,
+    tile_max: Tensor,
+    lse: Tensor,
+    vocab_size: int,
+    k: int,
+    bitmask: Tensor | None,
+    temperature: Tensor | None,
+    exclude: Tensor | None,
+    divisor: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    batch, parents = log_probs.shape
+    tiles = tile_max.shape[1]
+    out = (
+        log_probs.new_empty(batch, k),
+        log_probs.new_empty(batch, k, dtype=torch.int64),
+        log_probs.new_empty(batch, k, dtype=torch.int64),
+        log_probs.new_empty(batch, k),
+    )
+    if batch == 0:
+        return out
+    kept_tiles = min(k, parents * tiles)
+    kept_groups = min(k + GROUPS - 1, kept_tiles * GROUPS)
+    scratch = max(parents * tiles, kept_tiles * GROUPS, kept_groups * GROUP_SIZE)
+    keys = torch.empty(batch, 2, scratch, dtype=torch.int64, device=logits.device)
+    places = torch.empty(batch, 3, k + GROUPS - 1, dtype=torch.int32, device=logits.device)
+    wide = k > 64  # a wide beam has enough candidates to keep eight warps busy
+    _select_kernel[(batch,)](
+        logits,
+        log_probs,
+        group_max,
+        tile_max,
+        lse,
+        logits if bitmask is None else bitmask,
+        logits if temperature is None else temperature,
+        logits if exclude is None else exclude,
+        logits if divisor is None else divisor,
+        *out,
+        keys,
+        places,
+        parents,
+        tiles,
+        vocab_size,
+        k,
+        scratch,
+        k + GROUPS - 1,
+        logits.stride(0),
+        0 if bitmask is None else bitmask.stride(0),
+        HAS_BITMASK=bitmask is not None,
+        HAS_TEMPERATURE=temperature is not None,
+        N_EXCLUDE=0 if exclude is None else exclude.shape[0],
+        HAS_DIVISOR=divisor is not None,
+        BLOCK=4096 if wide else 1024,
+        BLOCK_RANK=64 if wide else 32,
+        num_warps=8 if wide else 4,
+    )
+    return out

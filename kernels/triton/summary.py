@@ -1,0 +1,179 @@
+"""The streaming pass, and the log-sum-exp of rows from their tiles.
+
+One warp owns a tile at a time and keeps all of it in registers, so a tile needs no barrier and no shared memory: group
+maxima are reduced inside a lane, then over the few lanes that hold the same columns.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..lse import FLAG_INF, FLAG_NAN
+from ..summary import GROUP_SIZE, GROUPS, TILE, Tiles, _new_tiles
+
+_LOG2E = tl.constexpr(1.4426950408889634)
+_R = tl.constexpr(GROUP_SIZE)
+_C = tl.constexpr(GROUPS)
+_TILE = tl.constexpr(TILE)
+_NAN = tl.constexpr(FLAG_NAN)
+_INF = tl.constexpr(FLAG_INF)
+TILES_PER_PROGRAM = 4  # amortises the prologue over 8192 tokens
+
+
+@triton.jit
+def _sum_exp2(x, ref, scale):
+    """sum(exp((x - ref) / temperature)) with ``scale = log2(e) / temperature``: one fma and one ex2 an element."""
+    shift = ref * scale
+    total = tl.sum(tl.sum(tl.exp2(tl.fma(x, scale, -shift)), 0), 0)
+    # shift was rounded: fma(-ref, scale, shift) is its error, exactly
+    return total * tl.exp2(tl.fma(-ref, scale, shift))
+
+
+@triton.jit
+def _finite(x):
+    """``x`` where it is finite, else 0: -inf - -inf would be NaN."""
+    return tl.where(tl.abs(x) == float("inf"), 0.0, x)
+
+
+@triton.jit
+def _summarize_kernel(
+    # inputs
+    x_ptr,  # *T [R, V]
+    bits_ptr,  # *i32 [R, W] or unused
+    temperature_ptr,  # *f32 [R] or unused
+    active_ptr,  # *i1 [R] or unused
+    exclude_ptr,  # *i64 [N_EXCLUDE] or unused
+    # outputs
+    group_max_ptr,  # *T [R, N, 64]
+    tile_max_ptr,  # *T [R, N]
+    tile_ref_ptr,  # *T [R, N]
+    tile_sum_ptr,  # *f32 [R, N]
+    group_mass_ptr,  # *f32 [R, N, 64] or unused
+    # sizes and strides, in elements
+    vocab_size,
+    tiles,
+    words,
+    stride_x,
+    stride_bits,
+    # meta-parameters
+    HAS_BITMASK: tl.constexpr,
+    HAS_TEMPERATURE: tl.constexpr,
+    HAS_ACTIVE: tl.constexpr,
+    N_EXCLUDE: tl.constexpr,
+    RENORMALIZE: tl.constexpr,
+    MASS: tl.constexpr,
+    TILES: tl.constexpr,
+):
+    # int64: R * V exceeds 2**31 at R = 16384, V = 131072
+    row = tl.program_id(0).to(tl.int64)
+    x_ptr += row * stride_x
+    bits_ptr += row * stride_bits
+    group_max_ptr += row * tiles * _C
+    group_mass_ptr += row * tiles * _C
+    tile_max_ptr += row * tiles
+    tile_ref_ptr += row * tiles
+    tile_sum_ptr += row * tiles
+    columns = tl.arange(0, _C)
+    inside = tl.arange(0, _R)[:, None] * _C + columns[None, :]  # [R, C] token within its tile
+
+    live = True
+    if HAS_ACTIVE:
+        live = tl.load(active_ptr + row) != 0
+    scale = _LOG2E
+    if HAS_TEMPERATURE:
+        scale = _LOG2E / tl.load(temperature_ptr + row)
+
+    first = tl.program_id(1) * TILES
+    for tile in range(first, tl.minimum(first + TILES, tiles)):
+        start = tile * _TILE
+        tokens = start + inside
+        if live:
+            if start + _TILE <= vocab_size:
+                raw = tl.load(x_ptr + tokens)
+            else:
+                raw = tl.load(x_ptr + tokens, mask=tokens < vocab_size, other=-float("inf"))
+            x = raw.to(tl.float32)
+            candidates = x
+            if HAS_BITMASK:
+                word = start // 32 + tl.arange(0, _TILE // 32)
+                bits = tl.load(bits_ptr + word, mask=word < words, other=0)
+                bits = (tl.reshape(bits, [_R, _C // 32, 1]) >> tl.arange(0, 32)[None, None, :]) & 1
+                candidates = tl.where(tl.reshape(bits, [_R, _C]) != 0, x, -float("inf"))
+                if RENORMALIZE:
+                    x = candidates
+            for i in tl.static_range(N_EXCLUDE):
+                token = tl.load(exclude_ptr + i).to(tl.int32)
+                if token // _TILE == tile:
+                    candidates = tl.where(tokens == token, -float("inf"), candidates)
+            group_max = tl.max(candidates, 0)  # [C]
+            tile_max = tl.max(group_max, 0)
+            ref = tile_max
+            if (HAS_BITMASK and not RENORMALIZE) or N_EXCLUDE > 0:
+                ref = tl.max(tl.max(x, 0), 0)
+            total = _sum_exp2(x, _finite(ref), scale)
+            if total != total:  # a NaN or +inf among the logits: rare, so the loop above does not look for them
+                faults = tl.sum(tl.sum((x != x).to(tl.int32), 0), 0)
+                x = tl.where(x == x, x, -float("inf"))
+                candidates = tl.where(candidates == candidates, candidates, -float("inf"))
+                group_max = tl.max(candidates, 0)
+                tile_max = tl.max(group_max, 0)
+                ref = tl.max(tl.max(x, 0), 0)
+                total = _sum_exp2(x, _finite(ref), scale)
+                if faults > 0:
+                    total = -tl.maximum(total, 1.0)
+            if MASS:
+                finite_max = _finite(group_max)
+                weight = tl.exp2((candidates - finite_max[None, :]) * scale)
+                tl.store(group_mass_ptr + tile * _C + columns, tl.sum(weight, 0))
+            out_type = group_max_ptr.dtype.element_ty
+            tl.store(group_max_ptr + tile * _C + columns, group_max.to(out_type))
+            tl.store(tile_max_ptr + tile, tile_max.to(out_type))
+            tl.store(tile_ref_ptr + tile, ref.to(out_type))
+            tl.store(tile_sum_ptr + tile, total)
+        else:
+            nothing = tl.full([_C], -float("inf"), group_max_ptr.dtype.element_ty)
+            tl.store(group_max_ptr + tile * _C + columns, nothing)
+            tl.store(tile_max_ptr + tile, -float("inf"))
+            tl.store(tile_ref_ptr + tile, -float("inf"))
+            tl.store(tile_sum_ptr + tile, 0.0)
+            if MASS:
+                tl.store(group_mass_ptr + tile * _C + columns, tl.zeros([_C], tl.float32))
+
+
+def launch_summarize(
+    logits: Tensor,
+    vocab_size: int,
+    bitmask: Tensor | None,
+    temperature: Tensor | None,
+    active: Tensor | None,
+    exclude: Tensor | None,
+    renormalize: bool,
+    mass: bool,
+) -> Tiles:
+    out = _new_tiles(logits, vocab_size, mass)
+    rows, tiles = out.tile_max.shape
+    if rows == 0:
+        return out
+    _summarize_kernel[(rows, triton.cdiv(tiles, TILES_PER_PROGRAM))](
+        logits,
+        logits if bitmask is None else bitmask,
+        logits if temperature is None else temperature,
+        logits if active is None else active,
+        logits if exclude is None else exclude,
+        *out,
+        vocab_size,
+        tiles,
+        triton.cdiv(vocab_size, 32),
+        logits.stride(0),
+        0 if bitmask is None else bitmask.stride(0),
+        HAS_BITMASK=bitmask is not None,
+        HAS_TEMPERATURE=temperature is not None,
+        HAS_ACTIVE=active is not None,
+        N_EXCLUDE=0 if exclude is None else exclude.shape[0],
+        RENORMALIZE=renormalize,
+        MASS=mass,
+        TILES=TILES_PER_PROGRAM,
+        num_warps=1,
+    )
+    return out

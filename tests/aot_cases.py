@@ -1,0 +1,131 @@
+"""Representative launches of every kernel, on meta tensors: shapes and strides without memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+BATCH, BEAMS, VOCAB, LENGTH = 8, 8, 128256, 512
+ROWS = BATCH * BEAMS
+ARCHS = (80, 90, 100)
+
+_bf16, _f32, _i32, _i64 = torch.bfloat16, torch.float32, torch.int32, torch.int64
+
+
+class Case(NamedTuple):
+    """One launch to compile."""
+
+    module: str  # of flashbeam.kernels.triton
+    launcher: str
+    config: str  # what the table calls it
+    args: Callable[[], tuple[object, ...]]
+    archs: tuple[int, ...] = ARCHS
+
+
+def _new(*shape: int, dtype: torch.dtype = _f32) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _bits(rows: int = ROWS) -> Tensor:
+    return _new(rows, VOCAB // 32, dtype=_i32)
+
+
+def _summarize(
+    dtype: torch.dtype,
+    bitmask: bool = False,
+    temperature: bool = False,
+    active: bool = False,
+    exclude: bool = False,
+    renormalize: bool = False,
+    mass: bool = False,
+    stride: int = VOCAB,
+) -> tuple[object, ...]:
+    return (
+        _new(ROWS, stride, dtype=dtype)[:, : min(VOCAB, stride)],
+        min(VOCAB, stride),
+        _bits() if bitmask else None,
+        _new(ROWS) if temperature else None,
+        _new(ROWS, dtype=torch.bool) if active else None,
+        _new(2, dtype=_i64) if exclude else None,
+        renormalize,
+        mass,
+    )
+
+
+def _select(dtype: torch.dtype, k: int, options: bool = False) -> tuple[object, ...]:
+    tiles = -(-VOCAB // 2048)
+    return (
+        _new(ROWS, VOCAB, dtype=dtype),
+        _new(BATCH, BEAMS),
+        _new(ROWS, tiles, 64, dtype=dtype),
+        _new(ROWS, tiles, dtype=dtype),
+        _new(ROWS),
+        VOCAB,
+        k,
+        _bits() if options else None,
+        _new(ROWS) if options else None,
+        _new(2, dtype=_i64) if options else None,
+        _new(BATCH) if options else None,
+    )
+
+
+def _lse(dtype: torch.dtype, temperature: bool) -> tuple[object, ...]:
+    tiles = -(-VOCAB // 2048)
+    return _new(ROWS, tiles, dtype=dtype), _new(ROWS, tiles), _new(ROWS) if temperature else None
+
+
+def _cache() -> Tensor:
+    return _new(ROWS, 8, LENGTH, 128, dtype=_bf16)
+
+
+def _sources() -> Tensor:
+    return _new(ROWS, dtype=_i64)
+
+
+def _ancestry() -> tuple[Tensor, ...]:
+    return _new(BATCH, BEAMS, LENGTH, dtype=_i32), _new(BATCH, BEAMS, dtype=_i64), _new(1, dtype=_i64)[0]
+
+
+def _cases() -> list[Case]:
+    summary = partial(Case, "summary", "launch_summarize")
+    every_option = dict.fromkeys(("bitmask", "temperature", "active", "exclude", "mass"), True)
+    select = partial(Case, "select", "launch_select")
+    lse = partial(Case, "lse", "launch_row_lse")
+    reorder = partial(Case, "reorder")
+    history = partial(Case, "history")
+    bitmask = partial(Case, "bitmask")
+    return [
+        summary("bf16", lambda: _summarize(_bf16)),
+        summary("fp16", lambda: _summarize(torch.float16), (90,)),
+        summary("fp32", lambda: _summarize(_f32)),
+        summary("bf16, temperature, active", lambda: _summarize(_bf16, temperature=True, active=True), (90,)),
+        summary("bf16, exclude 2", lambda: _summarize(_bf16, exclude=True), (90,)),
+        summary("bf16, bitmask", lambda: _summarize(_bf16, bitmask=True), (90,)),
+        summary("bf16, bitmask, renormalize", lambda: _summarize(_bf16, bitmask=True, renormalize=True), (90,)),
+        summary("bf16, mass", lambda: _summarize(_bf16, mass=True), (90,)),
+        summary("bf16, every option", lambda: _summarize(_bf16, **every_option)),
+        summary("fp32, every option", lambda: _summarize(_f32, **every_option)),
+        summary("bf16, odd row stride", lambda: _summarize(_bf16, stride=50257), (90,)),
+        lse("bf16", lambda: _lse(_bf16, False)),
+        lse("fp32, temperature", lambda: _lse(_f32, True)),
+        select("bf16, k = 8", lambda: _select(_bf16, 8)),
+        select("fp32, k = 8, every option", lambda: _select(_f32, 8, True)),
+        select("bf16, k = 256, every option", lambda: _select(_bf16, 256, True)),
+        reorder("launch_reorder", "cache bf16", lambda: (_cache(), _sources(), 0)),
+        reorder("launch_reorder_out", "column int64", lambda: (_new(ROWS, 1, dtype=_i64), _sources(), 0, _new(ROWS, 1, dtype=_i64))),
+        reorder("launch_reorder_", "in place, groups of 8", lambda: (_cache(), _sources(), 0, BEAMS)),
+        reorder("launch_reorder_", "in place, any rows", lambda: (_cache(), _sources(), 0, None)),
+        history("launch_trace_slots", "int64", lambda: (_new(LENGTH, BATCH, BEAMS, dtype=_i64), _new(BATCH, 4, dtype=_i64), _new(BATCH, 4, dtype=_i64))),
+        history("launch_update_ancestry", "in place", _ancestry),
+        history("launch_update_ancestry_out", "out", lambda: (*_ancestry(), _ancestry()[0])),
+        bitmask("launch_pack_bitmask", "", lambda: (_new(ROWS, VOCAB, dtype=torch.bool),)),
+        bitmask("launch_unpack_bitmask", "", lambda: (_bits(), VOCAB)),
+        bitmask("launch_apply_bitmask_", "bf16", lambda: (_new(ROWS, VOCAB, dtype=_bf16), _bits())),
+    ]
+
+
+CASES = _cases()
