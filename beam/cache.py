@@ -61,7 +61,8 @@ def _rebuilt(node: Any, leaves: Iterator[Any]) -> Any:
                 object.__setattr__(instance, field.name, value)  # frozen instances too
         return instance
     if isinstance(node, dict):
-        mapping = copy.copy(node)  # subclasses keep their order and attributes
+        # a subclass keeps its attributes; torch.compile cannot trace the copy of a plain dict
+        mapping: dict[Any, Any] = {} if type(node) is dict else copy.copy(node)
         mapping.update(zip(node, values, strict=True))
         return mapping
     if isinstance(node, tuple) and hasattr(node, "_fields"):

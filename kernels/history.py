@@ -164,9 +164,9 @@ def update_ancestry(table: Tensor, parents: Tensor, step: Tensor | int, *, out: 
     Args:
         table: ``[B, K, T]`` int32, any strides without overlap. Modified, unless ``out`` is given.
         parents: ``[B, K]`` int64 or int32, any strides: slot in the previous step, clamped to ``[0, K)``. Not modified.
-        step: the step just taken, counted from 0: an int below ``T``, or an int64 tensor with one element on ``table``'s
-            device, which a CUDA graph reads anew at each replay. A tensor may be out of range: below 0 nothing changes;
-            from ``T`` on all steps are gathered and none is written. Not modified.
+        step: the step just taken, counted from 0: an int below ``T``, or an int64 tensor with one element on
+            ``table``'s device, which a CUDA graph reads anew at each replay. A tensor may be out of range: below 0
+            nothing changes; from ``T`` on all steps are gathered and none is written. Not modified.
         out: ``[B, K, T]`` int32, any strides without overlap, apart from ``table`` in memory. Modified.
 
     Returns:

@@ -3,9 +3,9 @@
     python tests/aot.py            # the tables of docs/performance.md
     python tests/aot.py --json     # the reports, for test_aot.py
 
-A launcher of ``flashbeam.kernels.triton`` is called with meta tensors under a stand-in for the CUDA driver. Triton's own
-launch code then chooses types, constants and divisibility as on a GPU, and compiles; the launch itself is left out. A
-launcher that read a value would fail here. This needs a process without ``TRITON_INTERPRET``, which :func:`run` starts.
+A launcher of ``flashbeam.kernels.triton`` is called with meta tensors under a stand-in for the CUDA driver. Triton's
+own launch code then chooses types, constants and divisibility as on a GPU, and compiles; the launch itself is left
+out. A launcher that reads a value fails here. This needs a process without ``TRITON_INTERPRET``: :func:`run` starts it.
 """
 
 from __future__ import annotations

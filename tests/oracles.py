@@ -243,9 +243,9 @@ class NaiveResult:
     trace: list[NaiveStep] = field(default_factory=list)
 
 
-def lse64(row: np.ndarray) -> np.float32:
-    """The float32 nearest to the log-sum-exp of a float32 row (-inf ignored), and -inf for an empty row."""
-    x = row.astype(np.float64)
+def lse64(row: np.ndarray, temperature: float = 1.0) -> np.float32:
+    """The float32 nearest to the log-sum-exp of ``row / temperature`` (-inf ignored), and -inf for an empty row."""
+    x = (row / F32(temperature)).astype(np.float64)
     x = x[x > -np.inf]
     if not len(x):
         return NEG_INF
@@ -283,7 +283,7 @@ def naive_search(
     mask: Callable[[tuple[int, ...]], np.ndarray] | None = None,
     num_hypotheses: int | None = None,
     stop_after: int | None = None,  # finalize early, after this many steps
-    lse: Callable[[np.ndarray], np.float32] = lse64,
+    lse: Callable[[np.ndarray, float], np.float32] = lse64,
     exact_lse: bool = False,  # `lse` is bitwise the library's: only penalties can be decided by noise
 ) -> NaiveResult:
     eos = set(eos)
@@ -325,13 +325,14 @@ def naive_search(
             if np.isposinf(row).any():
                 flags |= FLAG_INF
                 continue
-            row = (row / F32(temperature)).astype(F32)
             allowed = np.ones(len(row), bool)
             if mask is not None:
                 allowed &= mask((bos, *beam.tokens))[:vocab_size]
             if length < min_length:
                 allowed[sorted(eos)] = False
-            total = lse(np.where(allowed, row, NEG_INF).astype(F32) if normalize == "allowed" else row)
+            normalised = np.where(allowed, row, NEG_INF).astype(F32) if normalize == "allowed" else row
+            total = lse(normalised, temperature)
+            row = (row / F32(temperature)).astype(F32)
             for token in np.flatnonzero(allowed & (row > -np.inf)):
                 log_prob = F32(beam.log_prob + min(F32(row[token] - total), F32(0)))
                 # pooled beams all have one length, so the log-probability ranks them

@@ -2,12 +2,12 @@
 
 The count follows one documented path through the control flow, that of a program whose tiles are all full:
 
-1. The hot block is the one with the most unpredicated global loads: a full tile's. An iteration runs from the header of
-   the loop around it, through it, and back to the header; the prologue and the epilogue are the way there and on to
+1. The hot block is the one with the most unpredicated global loads: a full tile's. An iteration runs from the header
+   of the loop around it, through it, and back to the header; the prologue and the epilogue are the way there and on to
    ``EXIT``.
-2. Among the ways of an iteration, those with the fewest exponentials, predicated loads and calls: the second pass over a
-   tile with a NaN, the masked tail and the slow paths of division are cold. ``BRA.DIV``, taken by a warp that has not
-   reconverged, is not taken.
+2. Among the ways of an iteration, those with the fewest exponentials, predicated loads and calls: the second pass over
+   a tile with a NaN, the masked tail and the slow paths of division are cold. ``BRA.DIV``, taken by a warp that has
+   not reconverged, is not taken.
 3. Among these the longest, so where lanes diverge (one lane stores a scalar) both sides count: the result is an upper
    bound. A predicated-off instruction still takes its issue slot and counts.
 """
@@ -82,6 +82,8 @@ def _successors(code: list[Instruction], i: int) -> list[int]:
     at, following = code[i], [code[i + 1].address] if i + 1 < len(code) else []
     if at.name in ("EXIT", "RET"):
         return following if at.guard else []
+    if at.name == "CALL":  # sm_80 leaves the loop by a call that does not return
+        return [*following, int(_TARGET.search(at.operands).group(), 16)]
     if at.name in ("BRX", "JMP", "JMX"):
         raise ValueError(f"listing: cannot follow {at.opcode} at {at.address:#x}")
     if at.name != "BRA" or ".DIV" in at.opcode:
@@ -99,15 +101,15 @@ class _Graph:
     def __init__(self, code: list[Instruction]):
         follow = [_successors(code, i) for i in range(len(code))]
         leaders = {code[0].address}
-        for i, targets in enumerate(follow[:-1]):
-            if targets != [code[i + 1].address]:
-                leaders.update([*targets, code[i + 1].address])
+        for at, after, targets in zip(code, [*code[1:], None], follow, strict=True):
+            falls_through = after is not None and targets == [after.address]
+            if not falls_through or at.name == "EXIT":
+                leaders.update(targets if after is None else [*targets, after.address])
         starts = [i for i, at in enumerate(code) if at.address in leaders]
         number = {code[i].address: n for n, i in enumerate(starts)}
         self.blocks = [code[i:j] for i, j in zip(starts, [*starts[1:], len(code)], strict=True)]
-        self.next = [
-            [number[target] for target in follow[j - 1]] for j in (i + len(b) for i, b in zip(starts, self.blocks, strict=True))
-        ]
+        lasts = [end - 1 for end in [*starts[1:], len(code)]]
+        self.next = [[number[target] for target in follow[last]] for last in lasts]
         self.back: set[tuple[int, int]] = set()
         self._find_loops()
 
@@ -134,7 +136,9 @@ class _Graph:
         @cache
         def way(block: int) -> tuple[int, int, tuple[int, ...]] | None:
             code = self.blocks[block]
-            cold = sum(at.opcode == "MUFU.EX2" or at.name == "CALL" or (at.name == "LDG" and at.guard != "") for at in code)
+            cold = sum(
+                at.opcode == "MUFU.EX2" or at.name == "CALL" or (at.name == "LDG" and at.guard != "") for at in code
+            )
             tails = [(0, 0, ())] if block in ends else []
             tails += [w for n in self.next[block] if (block, n) not in self.back and (w := way(n)) is not None]
             if not tails:
@@ -169,8 +173,11 @@ def streaming_path(code: list[Instruction]) -> Path:
     inner = {start for _, start in graph.back} & set(iteration) - headers
     if inner:
         raise ValueError(f"listing: expected no loop inside a tile, got {len(inner)}")
-    exits = {b for b, block in enumerate(graph.blocks) if block[-1].name == "EXIT" and not block[-1].guard}
-    once = [*graph.best(0, {header})[:-1], *graph.best(iteration[-1], exits)[1:]]
+    exits = {b for b, block in enumerate(graph.blocks) if block[-1].name == "EXIT"}
+    last = next(
+        b for b in reversed(iteration) if any(graph.reaches(b, end) for end in exits)
+    )  # the loop ends behind it
+    once = [*graph.best(0, {header})[:-1], *graph.best(last, exits)[1:]]
 
     def opcodes(blocks: list[int]) -> Counter[str]:
         return Counter(at.opcode for b in blocks for at in graph.blocks[b])

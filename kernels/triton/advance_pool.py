@@ -1,0 +1,377 @@
+"""One step's bookkeeping with a pool: one program owns one request."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..beamstate import Moves, fake_moves
+from .beamstate import rank_candidates, write_endings, write_step
+from .keys import pack_key, token_log_prob
+
+
+@triton.jit
+def _collect(
+    # the request's new hypotheses, by rank within the step
+    new,  # i32 [BLOCK_K], place among the EOS candidates; -1 for none
+    end_log_probs_ptr,
+    end_increments_ptr,
+    new_scores_ptr,  # *f32 [K], scratch
+    eos_ptr,
+    # the request's pool
+    scores_ptr,
+    log_probs_ptr,
+    increments_ptr,
+    tokens_ptr,
+    parents_ptr,
+    steps_ptr,
+    ranks_ptr,
+    # values of the request
+    places,
+    beams,
+    width,
+    quota,
+    last,
+    steps,
+    norm,
+    # meta-parameters
+    N_EOS: tl.constexpr,
+    BY_ARRIVAL: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+):
+    """Merge new hypotheses into the pool: see ``_collect`` of the torch definition."""
+    rank = tl.arange(0, BLOCK_K)
+    fresh = new >= 0
+    place = tl.arange(0, BLOCK_F)
+    inside = place < places
+    new_log_probs = tl.load(end_log_probs_ptr + new, mask=fresh, other=-float("inf"))
+    new_scores = tl.div_rn(new_log_probs, norm)
+    scores = tl.load(scores_ptr + place, mask=inside, other=-float("inf"))
+    log_probs = tl.load(log_probs_ptr + place, mask=inside, other=-float("inf"))
+    held = log_probs > -float("inf")
+    n_held = tl.sum(held.to(tl.int32), 0)
+    if BY_ARRIVAL:
+        number = n_held + tl.cumsum(fresh.to(tl.int32), 0)
+        fresh = fresh & (number <= tl.where(last, places, quota))
+        to = n_held + tl.cumsum(fresh.to(tl.int32), 0) - 1
+        fresh = fresh & (to < places)
+    else:
+        increments = tl.load(increments_ptr + place, mask=held, other=0.0)
+        tokens = tl.load(tokens_ptr + place, mask=held, other=0)
+        parents = tl.load(parents_ptr + place, mask=held, other=0)
+        ends = tl.load(steps_ptr + place, mask=held, other=0)
+        ranks = tl.load(ranks_ptr + place, mask=held, other=0)
+        tl.store(new_scores_ptr + rank, new_scores, mask=rank < beams)
+        tl.debug_barrier()
+        # the pool is in order of score, and what was there before goes first among equals
+        shifted = place
+        to = tl.zeros([BLOCK_K], tl.int32)
+        for start in range(0, beams, BLOCK):
+            other = start + tl.arange(0, BLOCK)
+            other_scores = tl.load(new_scores_ptr + other, mask=other < beams, other=-float("inf"))[None, :]
+            shifted += tl.sum((other_scores > scores[:, None]).to(tl.int32), 1)
+            tie = (other_scores == new_scores[:, None]) & (other[None, :] < rank[:, None])
+            to += tl.sum(((other_scores > new_scores[:, None]) | tie).to(tl.int32), 1)
+        for start in range(0, places, BLOCK):
+            other = start + tl.arange(0, BLOCK)
+            other_scores = tl.load(scores_ptr + other, mask=other < places, other=-float("inf"))[None, :]
+            to += tl.sum((other_scores >= new_scores[:, None]).to(tl.int32), 1)
+        tl.debug_barrier()
+        stays = held & (shifted < width)
+        tl.store(scores_ptr + shifted, scores, mask=stays)
+        tl.store(log_probs_ptr + shifted, log_probs, mask=stays)
+        tl.store(increments_ptr + shifted, increments, mask=stays)
+        tl.store(tokens_ptr + shifted, tokens, mask=stays)
+        tl.store(parents_ptr + shifted, parents, mask=stays)
+        tl.store(steps_ptr + shifted, ends, mask=stays)
+        tl.store(ranks_ptr + shifted, ranks, mask=stays)
+        fresh = fresh & (to < width)
+    tl.store(scores_ptr + to, new_scores, mask=fresh)
+    tl.store(log_probs_ptr + to, new_log_probs, mask=fresh)
+    tl.store(increments_ptr + to, tl.load(end_increments_ptr + new, mask=fresh, other=0.0), mask=fresh)
+    tl.store(tokens_ptr + to, tl.load(eos_ptr + new % N_EOS, mask=fresh, other=0).to(tl.int32), mask=fresh)
+    tl.store(parents_ptr + to, new // N_EOS, mask=fresh)
+    tl.store(steps_ptr + to, tl.zeros([BLOCK_K], tl.int32) + steps, mask=fresh)
+    tl.store(ranks_ptr + to, rank, mask=fresh)
+    tl.debug_barrier()
+
+
+@triton.jit
+def _advance_pool_kernel(
+    # inputs
+    x_ptr,  # *T [B * P, V]
+    bits_ptr,  # *i32 [B * P, W] or unused
+    temperature_ptr,  # *f32 [B * P] or unused
+    eos_ptr,  # *i64 [N_EOS] or unused
+    best_log_probs_ptr,  # *f32 [B, K]
+    best_parents_ptr,  # *i64 [B, K]
+    best_tokens_ptr,  # *i64 [B, K]
+    best_adjusted_ptr,  # *f32 [B, K]
+    lse_ptr,  # *f32 [B * P]
+    row_flags_ptr,  # *i32 [B * P]
+    # state: Slots
+    log_probs_ptr,
+    lengths_ptr,
+    ranks_ptr,
+    ended_ptr,
+    active_ptr,
+    # state: Requests
+    done_ptr,
+    flags_ptr,
+    steps_ptr,
+    # state: History
+    history_tokens_ptr,
+    history_parents_ptr,
+    history_increments_ptr,
+    # state: Pool
+    pool_scores_ptr,
+    pool_log_probs_ptr,
+    pool_increments_ptr,
+    pool_tokens_ptr,
+    pool_parents_ptr,
+    pool_steps_ptr,
+    pool_ranks_ptr,
+    # Limits
+    width_ptr,
+    min_length_ptr,
+    max_length_ptr,
+    quota_ptr,
+    length_norm_ptr,
+    bound_norm_ptr,
+    # outputs: Moves
+    out_tokens_ptr,
+    out_parents_ptr,
+    out_rows_ptr,
+    out_valid_ptr,
+    # scratch
+    keys_ptr,  # *i64 [B, 2, K + E]
+    floats_ptr,  # *f32 [B, 2 * E + K]
+    ints_ptr,  # *i32 [B, 2 * K + E]
+    # sizes and strides, in elements
+    batch,
+    beams,
+    parents,
+    places,
+    max_steps,
+    pad_id,
+    stride_x,
+    stride_bits,
+    # meta-parameters
+    HAS_BITMASK: tl.constexpr,
+    HAS_TEMPERATURE: tl.constexpr,
+    N_EOS: tl.constexpr,
+    BY_ARRIVAL: tl.constexpr,
+    EXACT: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+):
+    request = tl.program_id(0).to(tl.int64)
+    done = tl.load(done_ptr + request).to(tl.int32) != 0
+    live = 1 - done.to(tl.int32)
+    steps = tl.load(steps_ptr + request)
+    flags = tl.load(flags_ptr + request)
+    width = tl.load(width_ptr + request)
+    quota = tl.load(quota_ptr + request)
+    length = tl.minimum(steps + 1, max_steps)
+    last = tl.load(max_length_ptr + request) == length
+    table = request * (max_steps + 1) + length
+
+    slot = tl.arange(0, BLOCK_K)
+    inside = slot < beams
+    own = request * beams + slot
+    log_prob = tl.load(best_log_probs_ptr + own, mask=inside, other=-float("inf"))
+    parent = tl.load(best_parents_ptr + own, mask=inside, other=0)
+    token = tl.load(best_tokens_ptr + own, mask=inside, other=0)
+    adjusted = tl.load(best_adjusted_ptr + own, mask=inside, other=-float("inf"))
+    row = request * parents
+    increment = token_log_prob(adjusted, tl.load(lse_ptr + row + parent, mask=inside, other=0.0))
+    lengths = tl.load(lengths_ptr + own, mask=inside, other=0)
+    pool = request * places
+    rank = slot
+    if N_EOS > 0:
+        n_ends = parents * N_EOS
+        first_ptr = keys_ptr + request * 2 * (beams + n_ends)
+        second_ptr = first_ptr + beams + n_ends
+        end_log_probs_ptr = floats_ptr + request * (2 * n_ends + beams)
+        end_increments_ptr = end_log_probs_ptr + n_ends
+        all_ranks_ptr = ints_ptr + request * (2 * beams + n_ends)
+        by_rank_ptr = all_ranks_ptr + beams + n_ends
+        tl.store(first_ptr + slot, pack_key(log_prob, parent), mask=inside)
+        tl.store(second_ptr + slot, pack_key(adjusted, token), mask=inside)
+        write_endings(
+            x_ptr + row * stride_x,
+            bits_ptr + row * stride_bits,
+            temperature_ptr + row,
+            eos_ptr,
+            lse_ptr + row,
+            log_probs_ptr + request * beams,
+            active_ptr + request * beams,
+            end_log_probs_ptr,
+            end_increments_ptr,
+            first_ptr + beams,
+            second_ptr + beams,
+            parents,
+            stride_x,
+            stride_bits,
+            live * (tl.load(min_length_ptr + request) <= length).to(tl.int32),
+            1.0,
+            HAS_BITMASK,
+            HAS_TEMPERATURE,
+            N_EOS,
+            BLOCK,
+        )
+        tl.debug_barrier()
+        rank_candidates(first_ptr, second_ptr, all_ranks_ptr, beams + n_ends, BLOCK)
+        tl.store(by_rank_ptr + slot, tl.full([BLOCK_K], -1, tl.int32), mask=inside)
+        tl.debug_barrier()
+        rank = tl.load(all_ranks_ptr + slot, mask=inside, other=0)
+        for start in range(0, n_ends, BLOCK):
+            place = start + tl.arange(0, BLOCK)
+            end_rank = tl.load(all_ranks_ptr + beams + place, mask=place < n_ends, other=0)
+            end_log_prob = tl.load(end_log_probs_ptr + place, mask=place < n_ends, other=-float("inf"))
+            finish = (end_rank < width) & (end_log_prob > -float("inf"))
+            tl.store(by_rank_ptr + end_rank, place, mask=finish)
+        tl.debug_barrier()
+        new = tl.load(by_rank_ptr + slot, mask=inside, other=-1)
+        if tl.max(new, 0) >= 0:
+            _collect(
+                new,
+                end_log_probs_ptr,
+                end_increments_ptr,
+                end_increments_ptr + n_ends,
+                eos_ptr,
+                pool_scores_ptr + pool,
+                pool_log_probs_ptr + pool,
+                pool_increments_ptr + pool,
+                pool_tokens_ptr + pool,
+                pool_parents_ptr + pool,
+                pool_steps_ptr + pool,
+                pool_ranks_ptr + pool,
+                places,
+                beams,
+                width,
+                quota,
+                last,
+                steps,
+                tl.load(length_norm_ptr + table),
+                N_EOS,
+                BY_ARRIVAL,
+                BLOCK,
+                BLOCK_K,
+                BLOCK_F,
+            )
+
+    # at the last step, only what is among the K best candidates is a hypothesis
+    keep = (log_prob > -float("inf")) & (slot < width * live) & (rank < tl.where(last, width, rank + 1))
+    place = tl.arange(0, BLOCK_F)
+    in_pool = tl.load(pool_log_probs_ptr + pool + place, mask=place < places, other=-float("inf"))
+    held = tl.sum((in_pool > -float("inf")).to(tl.int32), 0)
+    stop = held < 0
+    if BY_ARRIVAL:
+        stop = held >= quota
+    elif EXACT:
+        worst = tl.load(pool_scores_ptr + pool + width - 1)
+        bound = tl.div_rn(tl.load(best_log_probs_ptr + request * beams), tl.load(bound_norm_ptr + table))
+        stop = (held >= width) & (worst >= bound)
+    keep = keep & (slot < tl.where(stop & (last == 0), 0, beams))
+    none_left = tl.max(keep.to(tl.int32), 0) == 0
+    tl.debug_barrier()  # everything is read: what follows overwrites it
+    done = done | stop | last | none_left
+    write_step(
+        request,
+        slot,
+        live,
+        done,
+        live * (none_left & (held == 0)).to(tl.int32),
+        keep,
+        keep,
+        token,
+        parent,
+        increment,
+        steps,
+        flags,
+        row_flags_ptr,
+        done_ptr,
+        flags_ptr,
+        steps_ptr,
+        history_tokens_ptr,
+        history_parents_ptr,
+        history_increments_ptr,
+        out_tokens_ptr,
+        out_parents_ptr,
+        out_rows_ptr,
+        out_valid_ptr,
+        batch,
+        beams,
+        parents,
+        pad_id,
+    )
+    tl.store(log_probs_ptr + own, tl.where(keep, log_prob, -float("inf")), mask=slot < beams * live)
+    tl.store(lengths_ptr + own, lengths + 1, mask=slot < beams * live)
+    tl.store(ranks_ptr + own, rank, mask=slot < beams * live)
+    tl.store(active_ptr + own, keep & (done == 0), mask=inside)
+
+
+def launch_advance_pool_(
+    logits: Tensor,
+    bitmask: Tensor | None,
+    temperature: Tensor | None,
+    eos: Tensor | None,
+    candidates: list[Tensor],
+    slots: list[Tensor],
+    requests: list[Tensor],
+    history: list[Tensor],
+    pool: list[Tensor],
+    limits: list[Tensor],
+    pad_id: int,
+    by_arrival: bool,
+    exact: bool,
+) -> Moves:
+    out = fake_moves(candidates)
+    batch, beams = slots[0].shape
+    parents = logits.shape[0] // batch
+    places = pool[0].shape[1]
+    n_eos = 0 if eos is None else eos.shape[0]
+    n_ends = parents * n_eos
+    device = logits.device
+    keys = torch.empty(batch, 2, beams + n_ends, dtype=torch.int64, device=device)
+    floats = torch.empty(batch, 2 * n_ends + beams, dtype=torch.float32, device=device)
+    ints = torch.empty(batch, 2 * beams + n_ends, dtype=torch.int32, device=device)
+    wide = beams > 64
+    _advance_pool_kernel[(batch,)](
+        logits,
+        logits if bitmask is None else bitmask,
+        logits if temperature is None else temperature,
+        logits if eos is None else eos,
+        *candidates,
+        *slots,
+        *requests,
+        *history,
+        *pool,
+        *limits,
+        *out,
+        keys,
+        floats,
+        ints,
+        batch,
+        beams,
+        parents,
+        places,
+        history[0].shape[0],
+        pad_id,
+        logits.stride(0),
+        0 if bitmask is None else bitmask.stride(0),
+        HAS_BITMASK=bitmask is not None,
+        HAS_TEMPERATURE=temperature is not None,
+        N_EOS=n_eos,
+        BY_ARRIVAL=by_arrival,
+        EXACT=exact,
+        BLOCK=64 if wide else 32,
+        BLOCK_K=triton.next_power_of_2(beams),
+        BLOCK_F=triton.next_power_of_2(places),
+        num_warps=8 if wide else 2,
+    )
+    return out
