@@ -24,7 +24,9 @@ def as_rows(state: "State", logits: Tensor, vocab_size: int | None, eos_ids: lis
         choice = f"[{batch * beams}, {v}] or [{batch}, {beams}, {v}]" + (f" or [{batch}, {v}]" if first else "")
         raise ValueError(f"logits: expected shape {choice}, got {list(logits.shape)}")
     if logits.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        raise TypeError(f"logits: expected float32, float16 or bfloat16, got {str(logits.dtype).removeprefix('torch.')}")
+        raise TypeError(
+            f"logits: expected float32, float16 or bfloat16, got {str(logits.dtype).removeprefix('torch.')}"
+        )
     if logits.device != state.device:
         raise ValueError(f"logits: expected a tensor on {state.device}, got one on {logits.device}")
     if vocab_size is None:

@@ -100,9 +100,7 @@ class BeamSearch:
             raise ValueError(
                 f"stopping: expected a rule that lets every slot end, as finished='in_place' does, got {self.stopping!r}"
             )
-        batch_sizes = {
-            argument.name: len(argument.values) for argument in self._per_request() if not argument.shared
-        }
+        batch_sizes = {argument.name: len(argument.values) for argument in self._per_request() if not argument.shared}
         if len(set(batch_sizes.values())) > 1:
             name, size = next(iter(batch_sizes.items()))
             other = next(other for other, n in batch_sizes.items() if n != size)
@@ -261,9 +259,7 @@ class BeamSearch:
             return
         state.vocab_size = columns
         if self.constraint is not None:
-            state.constraint_state = self.constraint.init(
-                state.batch_size, state.beam_size, vocab_size, state.device
-            )
+            state.constraint_state = self.constraint.init(state.batch_size, state.beam_size, vocab_size, state.device)
         if self.normalize == "allowed" and self.eos_ids and max(self.min_length.values) > 0:
             words = np.full(-(-vocab_size // 32), -1, np.int32)
             for token in self.eos_ids:

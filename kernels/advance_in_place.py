@@ -21,6 +21,7 @@ from .beamstate import (
     record,
     report_faults,
 )
+from .checks import contiguous
 from .keys import lexsort_descending, pack_key, token_log_prob
 from .registration import register
 from .select import Candidates
@@ -152,4 +153,4 @@ def advance_in_place_(
     Returns:
         :class:`Moves`.
     """
-    return Moves(*_op(logits, bitmask, temperature, eos, best, slots, requests, history, limits, pad_id))
+    return Moves(*_op(logits, bitmask, contiguous(temperature), eos, best, slots, requests, history, limits, pad_id))

@@ -23,6 +23,7 @@ from .beamstate import (
     record,
     report_faults,
 )
+from .checks import contiguous
 from .keys import pack_key, token_log_prob
 from .registration import register
 from .select import Candidates
@@ -175,5 +176,19 @@ def advance_pool_(
         :class:`Moves`.
     """
     return Moves(
-        *_op(logits, bitmask, temperature, eos, best, slots, requests, history, pool, limits, pad_id, by_arrival, exact)
+        *_op(
+            logits,
+            bitmask,
+            contiguous(temperature),
+            eos,
+            best,
+            slots,
+            requests,
+            history,
+            pool,
+            limits,
+            pad_id,
+            by_arrival,
+            exact,
+        )
     )

@@ -126,3 +126,8 @@ def check_normalize(normalize: str) -> bool:
     if normalize not in ("vocab", "allowed"):
         raise ValueError(f"normalize: expected 'vocab' or 'allowed', got {normalize!r}")
     return normalize == "allowed"
+
+
+def contiguous(tensor: Tensor | None) -> Tensor | None:
+    """Small arguments reach kernels without strides; a tensor that is dense already is not copied."""
+    return None if tensor is None else tensor.detach().contiguous()

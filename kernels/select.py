@@ -20,7 +20,16 @@ import torch
 from torch import Tensor
 
 from .bitmask import bits_at
-from .checks import check_dtype, check_normalize, check_range, check_rows, check_same_device, check_shape, check_tensor
+from .checks import (
+    check_dtype,
+    check_normalize,
+    check_range,
+    check_rows,
+    check_same_device,
+    check_shape,
+    check_tensor,
+    contiguous,
+)
 from .keys import adjust, lexsort_descending, pack_key, token_log_prob
 from .lse import row_lse_op
 from .registration import register
@@ -220,6 +229,7 @@ def top_candidates(
         check_shape("divisor", divisor, "[B]", log_probs.shape[0])
     check_same_device(logits=rows, log_probs=log_probs, active=active, exclude=exclude, divisor=divisor)
     log_probs = log_probs.detach().contiguous()
+    temperature, active, exclude = contiguous(temperature), contiguous(active), contiguous(exclude)
     renormalize = check_normalize(normalize)
     group_max, tile_max, tile_ref, tile_sum, _ = summarize_op(
         rows, vocab_size, bitmask, temperature, active, exclude, renormalize, False

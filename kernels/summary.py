@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from .bitmask import bits_at, unpack_bitmask
-from .checks import check_dtype, check_normalize, check_rows, check_same_device, check_shape, check_tensor
+from .checks import check_dtype, check_normalize, check_rows, check_same_device, check_shape, check_tensor, contiguous
 from .lse import row_lse_op
 from .registration import register
 
@@ -293,5 +293,6 @@ def summarize(
         check_shape("exclude", exclude, "[n]", None)
     check_same_device(logits=logits, active=active, exclude=exclude)
     renormalize = check_normalize(normalize)
+    temperature, active, exclude = contiguous(temperature), contiguous(active), contiguous(exclude)
     tiles = Tiles(*summarize_op(logits.detach(), vocab_size, bitmask, temperature, active, exclude, renormalize, mass))
     return Summary(tiles, *row_lse_op(tiles.tile_ref, tiles.tile_sum, temperature))

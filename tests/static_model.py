@@ -69,7 +69,7 @@ def model_table(reports: list[Report]) -> str:
     lines = [
         "A model, not a measurement: H200, published rates; launch time left out.",
         "",
-        "| dtype | rows | V | byte floor | issue | exponentials | serial | predicted, µs | bound by | floor / predicted |",
+        "| dtype | rows | V | byte floor | issue | exp | serial | predicted, µs | bound by | floor / predicted |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | --- | ---: |",
     ]
     for config, itemsize in (("bf16", 2), ("fp32", 4)):

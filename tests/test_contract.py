@@ -359,7 +359,7 @@ def test_exact_ties_follow_the_total_order(stopping, finished):
 @pytest.mark.parametrize(("V", "K"), [(61, 40), (300, 17), (2100, 5), (4500, 3)])
 def test_wider_beams_and_larger_vocabularies_follow_the_total_order(V, K, finished):
     for seed, coarse in enumerate([None, 0.5]):
-        setting = {"beam_size": K, "max_length": 4, "eos": [V - 1, V // 2], "penalty": Power(0.0)}
+        setting = {"beam_size": K, "max_length": 4 if V < 1000 else 3, "eos": [V - 1, V // 2], "penalty": Power(0.0)}
         lm = TableLM(V, seed, coarse=coarse, eos=setting["eos"], eos_bias=4.0, forget=seed == 1)
         assert check_against_naive(V, setting, lm, "exhausted", finished, exact=True) == 3
 
@@ -894,6 +894,18 @@ def test_min_length_bans_eos_before_it(finished):
         assert (lengths >= minimum).all()
         assert (lengths == max(minimum, 1)).any()  # and allows it at exactly that length
         assert not torch.isin(hyps.tokens[..., : max(minimum - 1, 0)], torch.tensor([2, 3])).any()
+
+
+@pytest.mark.parametrize("finished", REGIMES)
+@pytest.mark.parametrize("normalize", ["vocab", "allowed"])
+def test_eos_anywhere_in_the_vocabulary(normalize, finished):
+    """The first and last bits of words, neighbours, and ids 64 and 2048 apart."""
+    for V, eos in [(70, [31, 32]), (70, [0, 63, 69]), (300, [5, 69, 133, 261]), (4200, [7, 71, 2055, 4103, 4199])]:
+        lm = TableLM(V, 5, eos=eos, eos_bias=math.log(V) / 2 + 1)
+        setting = {"beam_size": 4, "max_length": 4, "min_length": 2, "eos": eos, "penalty": Power(0.0)}
+        for temperature in (1.0, 0.8):
+            setting["temperature"] = temperature
+            assert check_against_naive(V, setting, lm, 1.0, finished, exact=False, normalize=normalize) > 1
 
 
 def test_several_eos_ids_finish_alike():

@@ -47,7 +47,9 @@ def write_endings(
         token = tl.load(eos_ptr + place % N_EOS)
         open_slot = tl.load(active_ptr + parent, mask=inside, other=0).to(tl.int32) * may_end != 0
         # slots that are not active hold rows that no one may read
-        adjusted = tl.load(x_ptr + parent.to(tl.int64) * stride_x + token, mask=inside, other=-float("inf")).to(tl.float32)
+        adjusted = tl.load(x_ptr + parent.to(tl.int64) * stride_x + token, mask=inside, other=-float("inf")).to(
+            tl.float32
+        )
         if HAS_TEMPERATURE:
             adjusted = tl.div_rn(adjusted, tl.load(temperature_ptr + parent, mask=inside, other=1.0))
         adjusted = tl.where(adjusted == adjusted, adjusted, -float("inf"))  # NaN counts as -inf
@@ -79,9 +81,7 @@ def rank_candidates(first_ptr, second_ptr, ranks_ptr, size, BLOCK: tl.constexpr)
             other_second = tl.load(second_ptr + other_place, mask=other_inside, other=0)[None, :]
             same = other_first == first
             earlier = other_place[None, :] < place[:, None]
-            before = (other_first > first) | (
-                same & ((other_second > second) | ((other_second == second) & earlier))
-            )
+            before = (other_first > first) | (same & ((other_second > second) | ((other_second == second) & earlier)))
             rank += tl.sum((before & other_inside[None, :]).to(tl.int32), 1)
         tl.store(ranks_ptr + place, rank, mask=inside)
 
