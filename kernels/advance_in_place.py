@@ -20,9 +20,10 @@ from .beamstate import (
     next_length,
     record,
     report_faults,
+    total_order,
 )
 from .checks import contiguous
-from .keys import lexsort_descending, pack_key, token_log_prob
+from .keys import token_log_prob
 from .registration import register
 from .select import Candidates
 
@@ -51,53 +52,43 @@ def _advance_in_place(
 
     frozen = slots.log_probs.masked_fill(~slots.ended, -torch.inf)
     frozen_scores = frozen / limits.length_norm.gather(1, slots.lengths.long())
-    first = torch.cat([pack_key(best.log_probs / norm, best.parents), pack_key(frozen_scores, slot)], 1)
-    nothing = torch.zeros_like(slot)
-    second = torch.cat([pack_key(best.adjusted, best.tokens), pack_key(nothing.float(), nothing)], 1)
     increments = token_log_prob(best.adjusted, best.lse.view(batch, -1).gather(1, best.parents))
+    nothing = torch.zeros_like(slot)  # a frozen hypothesis is its slot's only candidate: nothing else to compare
+    pad = torch.full_like(slot, pad_id)
+    new_length = length[:, None].expand_as(slot)
 
     # the candidates, side by side: those that go on, the frozen ones, those that end here
-    log_probs = [best.log_probs, frozen]
-    parents = [best.parents, slot]
-    tokens = [best.tokens, torch.full_like(slot, pad_id)]
-    token_log_probs = [increments, torch.zeros_like(frozen)]
-    ended = [torch.zeros_like(slots.ended), torch.ones_like(slots.ended)]
-    lengths = [length[:, None].expand_as(slot), slots.lengths.long()]
+    keys = [(best.log_probs / norm, best.parents, best.adjusted, best.tokens)]
+    fields = [(best.log_probs, best.parents, best.tokens, increments, new_length, nothing.bool())]
+    keys.append((frozen_scores, slot, nothing.float(), nothing))
+    fields.append((frozen, slot, pad, nothing.float(), slots.lengths.long(), ~nothing.bool()))
     if eos is not None:
         may_end = (limits.min_length <= length) & live
-        ends = endings(logits, best.lse, bitmask, temperature, eos, slots, may_end, norm[:, 0], (first, second))
-        log_probs.append(ends.log_probs)
-        parents.append(ends.parents)
-        tokens.append(ends.tokens)
-        token_log_probs.append(ends.token_log_probs)
-        ended.append(torch.ones_like(ends.tokens, dtype=torch.bool))
-        lengths.append(length[:, None].expand_as(ends.tokens))
-        ranks = torch.cat([ends.other_ranks, ends.ranks], 1)
-        order = torch.empty_like(ranks).scatter_(1, ranks, torch.arange(ranks.shape[1]).expand_as(ranks))
-    else:
-        order = lexsort_descending(first, second)
-    order = order[:, :beams]
+        ends = endings(logits, best.lse, bitmask, temperature, eos, slots, may_end, norm[:, 0])
+        keys.append((ends.scores, ends.parents, ends.adjusted, ends.tokens))
+        new_length = length[:, None].expand_as(ends.tokens)
+        ended = torch.ones_like(ends.tokens, dtype=torch.bool)
+        fields.append((ends.log_probs, ends.parents, ends.tokens, ends.token_log_probs, new_length, ended))
+    order = total_order(*keys)[:, :beams]
+    log_probs, parents, tokens, increments, lengths, ended = (
+        torch.cat(field, 1).gather(1, order) for field in zip(*fields, strict=True)
+    )
 
-    def chosen(fields: list[Tensor]) -> Tensor:
-        return torch.cat(fields, 1).gather(1, order)
-
-    new_log_probs, new_parents, new_tokens, new_ended = map(chosen, (log_probs, parents, tokens, ended))
-    keep = (new_log_probs > -torch.inf) & (slot < limits.width[:, None]) & live[:, None]
-    new_ended &= keep
-    active = keep & ~new_ended
-    finished = ~active.any(1)
+    keep = (log_probs > -torch.inf) & (slot < limits.width[:, None]) & live[:, None]
+    ended &= keep
+    active = keep & ~ended
     report_faults(requests, best.flags, live & ~keep.any(1))
-    requests.done.logical_or_(finished | last)
+    requests.done.logical_or_(~active.any(1) | last)
 
-    record(requests, history, new_tokens, new_parents, chosen(token_log_probs), live)
-    was_frozen = slots.ended.gather(1, new_parents) & keep
+    record(requests, history, tokens, parents, increments, live)
+    moving = keep & ~slots.ended.gather(1, parents)
     kept = live[:, None]
-    slots.log_probs.copy_(torch.where(kept, new_log_probs.masked_fill(~keep, -torch.inf), slots.log_probs))
-    slots.lengths.copy_(torch.where(kept, chosen(lengths).int(), slots.lengths))
+    slots.log_probs.copy_(torch.where(kept, log_probs.masked_fill(~keep, -torch.inf), slots.log_probs))
+    slots.lengths.copy_(torch.where(kept, lengths.int(), slots.lengths))
     slots.ranks.copy_(torch.where(kept, slot.int(), slots.ranks))
-    slots.ended.copy_(torch.where(kept, new_ended, slots.ended))
+    slots.ended.copy_(torch.where(kept, ended, slots.ended))
     slots.active.copy_(active & ~requests.done[:, None])
-    return make_moves(new_tokens, new_parents, keep, keep & ~was_frozen, logits.shape[0], pad_id)
+    return make_moves(tokens, parents, keep, moving, logits.shape[0], pad_id)
 
 
 def _fake(

@@ -22,9 +22,10 @@ from .beamstate import (
     next_length,
     record,
     report_faults,
+    total_order,
 )
 from .checks import contiguous
-from .keys import pack_key, token_log_prob
+from .keys import token_log_prob
 from .registration import register
 from .select import Candidates
 
@@ -78,14 +79,19 @@ def _advance_pool(
     place = torch.arange(beams, device=logits.device)
     ranks = place.expand(batch, -1)
     if eos is not None:
-        keys = pack_key(best.log_probs, best.parents), pack_key(best.adjusted, best.tokens)
         may_end = (limits.min_length <= length) & live
-        ends = endings(logits, best.lse, bitmask, temperature, eos, slots, may_end, None, keys)
-        ranks = ends.other_ranks
-        finish = (ends.ranks < width) & (ends.log_probs > -torch.inf)
-        if bool(finish.any()):
+        ends = endings(logits, best.lse, bitmask, temperature, eos, slots, may_end, None)
+        kth = best.log_probs.gather(1, width.long() - 1)
+        if bool((ends.scores >= kth).any()):  # else every EOS candidate is behind the K best others
+            order = total_order(
+                (best.log_probs, best.parents, best.adjusted, best.tokens),
+                (ends.scores, ends.parents, ends.adjusted, ends.tokens),
+            )
+            rank = torch.arange(order.shape[1], device=order.device).expand_as(order)
+            ranks, end_ranks = torch.empty_like(order).scatter_(1, order, rank).split([beams, ends.tokens.shape[1]], 1)
+            finish = (end_ranks < width) & (ends.log_probs > -torch.inf)
             scores = ends.log_probs / limits.length_norm.gather(1, length[:, None])
-            ids = (ends.tokens, ends.parents, requests.steps[:, None].expand_as(ends.tokens), ends.ranks)
+            ids = (ends.tokens, ends.parents, requests.steps[:, None].expand_as(ends.tokens), end_ranks)
             new = Pool(scores, ends.log_probs, ends.token_log_probs, *(field.int() for field in ids))
             _collect(pool, new, finish, limits, last, by_arrival)
 
@@ -109,7 +115,7 @@ def _advance_pool(
     kept = live[:, None]
     slots.log_probs.copy_(torch.where(kept, best.log_probs.masked_fill(~keep, -torch.inf), slots.log_probs))
     slots.lengths.add_(kept.int())
-    slots.ranks.copy_(torch.where(kept, ranks.int(), slots.ranks))
+    slots.ranks.copy_(torch.where(kept, ranks.masked_fill(~keep, 0).int(), slots.ranks))
     slots.active.copy_(keep & ~requests.done[:, None])
     return make_moves(best.tokens, best.parents, keep, keep, logits.shape[0], pad_id)
 

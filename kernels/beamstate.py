@@ -75,14 +75,14 @@ class Moves(NamedTuple):
 
 
 class Endings(NamedTuple):
-    """The EOS candidates of a step, ``E = P * n_eos`` per request, and the order they and the others are in."""
+    """The EOS candidates of a step, ``E = P * n_eos`` per request."""
 
     log_probs: Tensor  # float32 [B, E]; -inf where EOS may not follow
     parents: Tensor  # int64 [B, E]
     tokens: Tensor  # int64 [B, E]
     token_log_probs: Tensor  # float32 [B, E]
-    ranks: Tensor  # int64 [B, E], place among all candidates of the step
-    other_ranks: Tensor  # int64 [B, M], the same of the other candidates
+    scores: Tensor  # float32 [B, E]
+    adjusted: Tensor  # float32 [B, E]
 
 
 def endings(
@@ -94,12 +94,8 @@ def endings(
     slots: Slots,
     may_end: Tensor,
     divisor: Tensor | None,
-    other_keys: tuple[Tensor, Tensor],
 ) -> Endings:
-    """The EOS candidates of rows ``logits [B * P, V]`` and their ranks among all candidates.
-
-    ``may_end`` is bool ``[B]``; ``other_keys`` are the keys ``[B, M]`` of the candidates that do not end here.
-    """
+    """The EOS candidates of rows ``logits [B * P, V]``; ``may_end`` is bool ``[B]``."""
     batch = slots.log_probs.shape[0]
     parents, count = logits.shape[0] // batch, eos.shape[0]
     adjusted = adjust(logits[:, eos], None if temperature is None else temperature[:, None])
@@ -112,13 +108,16 @@ def endings(
     parent = torch.arange(parents, device=eos.device).repeat_interleave(count).expand(batch, -1)
     token = eos.repeat(parents).expand(batch, -1)
     scores = log_probs if divisor is None else log_probs / divisor[:, None]
-    first = torch.cat([other_keys[0], pack_key(scores, parent)], 1)
-    second = torch.cat([other_keys[1], pack_key(adjusted.view(batch, -1), token)], 1)
-    order = lexsort_descending(first, second)
-    place = torch.arange(order.shape[1], device=order.device).expand_as(order)
-    ranks = torch.empty_like(order).scatter_(1, order, place)
-    others = other_keys[0].shape[1]
-    return Endings(log_probs, parent, token, increment.flatten(1), ranks[:, others:], ranks[:, :others])
+    return Endings(log_probs, parent, token, increment.flatten(1), scores, adjusted.view(batch, -1))
+
+
+def total_order(*groups: tuple[Tensor, Tensor, Tensor, Tensor]) -> Tensor:
+    """Positions int64 ``[B, M]`` that put groups of candidates, side by side, in the total order.
+
+    A group is (scores, parents, adjusted logits, tokens), each ``[B, m]``. Equal candidates keep their order.
+    """
+    scores, parents, adjusted, tokens = (torch.cat(fields, 1) for fields in zip(*groups, strict=True))
+    return lexsort_descending(pack_key(scores, parents), pack_key(adjusted, tokens))
 
 
 def next_length(requests: Requests, limits: Limits) -> Tensor:
@@ -130,18 +129,24 @@ def record(
     requests: Requests, history: History, tokens: Tensor, parents: Tensor, increments: Tensor, live: Tensor
 ) -> None:
     """Write one step ``[B, K]`` of the live requests into the history, count it, and mark nothing else."""
-    step = requests.steps.clamp(max=history.tokens.shape[0] - 1).long()
-    request = torch.arange(step.shape[0], device=step.device)
-    for field, now in zip(history, (tokens, parents, increments), strict=True):
-        field[step, request] = torch.where(live[:, None], now.to(field.dtype), field[step, request])
+    request = live.nonzero()[:, 0]
+    step = requests.steps[request].long()
+    now = (tokens, parents, increments)
+    same = request.shape[0] == live.shape[0] and bool((step == step[0]).all())  # nobody is done yet
+    for field, values in zip(history, now, strict=True):
+        if same:
+            field[int(step[0])] = values
+        else:
+            field[step, request] = values[request].to(field.dtype)
     requests.steps.add_(live.int())
 
 
 def report_faults(requests: Requests, row_flags: Tensor, dead_end: Tensor) -> None:
     """Raise the flags of a step: ``row_flags`` int32 ``[B * P]`` of the rows read, ``dead_end`` bool ``[B]``."""
-    rows = row_flags.view(requests.flags.shape[0], -1)
-    for flag in (FLAG_NAN, FLAG_INF):
-        requests.flags.bitwise_or_((rows & flag).amax(1))
+    if bool(row_flags.any()):
+        rows = row_flags.view(requests.flags.shape[0], -1)
+        for flag in (FLAG_NAN, FLAG_INF):
+            requests.flags.bitwise_or_((rows & flag).amax(1))
     requests.flags.bitwise_or_(dead_end.int() * FLAG_DEAD_END)
 
 

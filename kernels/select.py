@@ -30,7 +30,7 @@ from .checks import (
     check_tensor,
     contiguous,
 )
-from .keys import adjust, lexsort_descending, pack_key, token_log_prob
+from .keys import adjust, lexsort_descending, pack_key
 from .lse import row_lse_op
 from .registration import register
 from .summary import GROUP_SIZE, GROUPS, TILE, summarize_op
@@ -38,42 +38,57 @@ from .summary import GROUP_SIZE, GROUPS, TILE, summarize_op
 _WORST = torch.iinfo(torch.int64).min
 
 
-def _best(first: Tensor, second: Tensor, n: int) -> Tensor:
-    """Positions ``[B, n]``, ascending, of the ``n`` greatest of ``M`` pairs of keys ``[B, M]``; pairs are distinct."""
-    batch, size = first.shape
-    if n >= size:
-        return torch.arange(size, device=first.device).expand(batch, size)
-    threshold = first.topk(n, sorted=False).values.amin(-1, keepdim=True)
-    chosen = first >= threshold
-    if bool((chosen.sum(-1) > n).any()):  # ties at the threshold: the second key decides
-        above = first > threshold
-        tied = chosen & ~above
-        need = n - above.sum(-1, keepdim=True)
-        cut = second.masked_fill(~tied, _WORST).topk(n).values.gather(-1, need - 1)
-        chosen = above | (tied & (second >= cut))
-    return chosen.nonzero()[:, 1].view(batch, n)
-
-
 class _Rows:
-    """The formulas at the top of this page, for candidates given by logit, parent and token, each ``[B, M]``."""
+    """The formulas at the top of this page, for parts ``[B, n]`` of rows and their members ``[B, n, m]``."""
 
     def __init__(self, log_probs: Tensor, lse: Tensor, temperature: Tensor | None, divisor: Tensor | None):
         batch, parents = log_probs.shape
-        self.log_probs = log_probs
-        self.lse = lse.view(batch, parents)
+        lse = lse.view(batch, parents)
+        finite = lse.isfinite()  # other rows have no candidates
+        self.log_probs = log_probs.masked_fill(~finite, -torch.inf)
+        self.lse = lse.masked_fill(~finite, 0.0)
         self.temperature = None if temperature is None else temperature.view(batch, parents)
-        self.divisor = divisor
+        self.divisor = None if divisor is None else divisor[:, None]
 
-    def score(self, x: Tensor, parent: Tensor) -> tuple[Tensor, Tensor]:
-        """(log_prob, adjusted logit) of candidates."""
-        adjusted = adjust(x, None if self.temperature is None else self.temperature.gather(1, parent))
-        return self.log_probs.gather(1, parent) + token_log_prob(adjusted, self.lse.gather(1, parent)), adjusted
+    def adjust(self, x: Tensor, parent: Tensor) -> Tensor:
+        """Adjusted logits ``[B, n * m]`` of logits ``x [B, n, m]`` in rows ``parent [B, n]``."""
+        return adjust(x, None if self.temperature is None else self.temperature.gather(1, parent)[:, :, None]).flatten(
+            1
+        )
 
-    def keys(self, x: Tensor, parent: Tensor, token: Tensor) -> tuple[Tensor, Tensor]:
-        """The keys of candidates, see ``kernels/keys.py``."""
-        log_prob, adjusted = self.score(x, parent)
-        score = log_prob if self.divisor is None else log_prob / self.divisor[:, None]
-        return pack_key(score, parent), pack_key(adjusted, token)
+    def log_prob(self, adjusted: Tensor, parent: Tensor) -> Tensor:
+        """Cumulative log-probabilities ``[B, n * m]`` of adjusted logits ``[B, n * m]`` in rows ``parent [B, n]``."""
+        members = adjusted.view(*parent.shape, -1)
+        increment = (members - self.lse.gather(1, parent)[:, :, None]).clamp_(max=0.0)
+        return increment.add_(self.log_probs.gather(1, parent)[:, :, None]).flatten(1)
+
+    def score(self, log_prob: Tensor) -> Tensor:
+        """What candidates rank by."""
+        return log_prob if self.divisor is None else log_prob / self.divisor
+
+
+def _best(score: Tensor, adjusted: Tensor, parent: Tensor, token: Tensor, n: int) -> Tensor:
+    """Positions ``[B, n]``, ascending, of the ``n`` best of ``M`` candidates ``[B, M]`` in the total order.
+
+    ``parent`` and ``token`` are ``[B, M]``, and distinct as pairs.
+    """
+    batch, size = score.shape
+    if n >= size:
+        return torch.arange(size, device=score.device).expand(batch, size)
+    chosen = score >= score.topk(n, sorted=False).values.amin(-1, keepdim=True)
+    if int(chosen.sum()) > n * batch:  # ties at the threshold: the keys decide
+        first = pack_key(score, parent)
+        threshold = first.topk(n, sorted=False).values.amin(-1, keepdim=True)
+        chosen, above = first >= threshold, first > threshold
+        need = n - above.sum(-1, keepdim=True)
+        second = pack_key(adjusted, token).masked_fill(~(chosen & ~above), _WORST)
+        chosen = above | (chosen & (second >= second.topk(n).values.gather(-1, need - 1)))
+    return chosen.nonzero()[:, 1].view(batch, n)
+
+
+def _members(parts: Tensor, size: int) -> Tensor:
+    """What ``parts [B, n]`` say of themselves, for each of their ``size`` members ``[B, n * size]``."""
+    return parts[:, :, None].expand(-1, -1, size).flatten(1)
 
 
 def _select(
@@ -92,49 +107,62 @@ def _select(
     """The torch definition."""
     batch, parents = log_probs.shape
     tiles = tile_max.shape[1]
+    device = logits.device
     rows = _Rows(log_probs, lse, temperature, divisor)
 
-    # tiles: [B, P * tiles]
-    place = torch.arange(parents * tiles, device=logits.device).expand(batch, -1)
-    keys = rows.keys(tile_max.view(batch, -1), place // tiles, place % tiles)
-    place = _best(*keys, k)  # [B, N1]
+    # rows, of P * tiles tiles
+    parent = torch.arange(parents, device=device).expand(batch, -1)
+    adjusted = rows.adjust(tile_max.view(batch, parents, tiles), parent)
+    score = rows.score(rows.log_prob(adjusted, parent))
+    tile = torch.arange(tiles, device=device).repeat(parents).expand(batch, -1)
+    place = _best(score, adjusted, _members(parent, tiles), tile, k)
     parent, tile = place // tiles, place % tiles
 
-    # groups: [B, N1 * 64]
-    x = group_max.view(batch, parents * tiles, GROUPS).gather(1, place[:, :, None].expand(-1, -1, GROUPS)).flatten(1)
-    parent = parent.repeat_interleave(GROUPS, 1)
-    token = (tile[:, :, None] * TILE + torch.arange(GROUPS, device=logits.device)).flatten(1)
-    place = _best(*rows.keys(x, parent, token), k + GROUPS - 1)  # [B, N2]
-    parent, token = parent.gather(1, place), token.gather(1, place)
+    # tiles, of 64 groups
+    x = group_max.view(batch, parents * tiles, GROUPS).gather(1, place[:, :, None].expand(-1, -1, GROUPS))
+    adjusted = rows.adjust(x, parent)
+    score = rows.score(rows.log_prob(adjusted, parent))
+    lowest = ((tile * TILE)[:, :, None] + torch.arange(GROUPS, device=device)).flatten(1)
+    parent = _members(parent, GROUPS)
+    place = _best(score, adjusted, parent, lowest, k + GROUPS - 1)
+    parent, lowest = parent.gather(1, place), lowest.gather(1, place)
 
-    # elements: [B, N2 * 32]
-    parent = parent.repeat_interleave(GROUP_SIZE, 1)
-    token = (token[:, :, None] + torch.arange(0, TILE, GROUPS, device=logits.device)).flatten(1)
-    row = parent + torch.arange(batch, device=logits.device)[:, None] * parents
+    # groups, of 32 elements
+    token = lowest[:, :, None] + torch.arange(0, TILE, GROUPS, device=device)
+    row = (parent + torch.arange(0, batch * parents, parents, device=device)[:, None])[:, :, None]
     barred = token >= vocab_size
     inside = token.clamp(max=vocab_size - 1)
-    x = logits[row, inside]
     if bitmask is not None:
         barred |= ~bits_at(bitmask, row, inside)
-    if exclude is not None:
-        barred |= torch.isin(token, exclude)
-    x = x.masked_fill(barred, -torch.inf)
-    first, second = rows.keys(x, parent, token)
-    place = _best(first, second, k)
-    place = place.gather(1, lexsort_descending(first.gather(1, place), second.gather(1, place)))
-    parent, token, x = parent.gather(1, place), token.gather(1, place), x.gather(1, place)
-    log_prob, adjusted = rows.score(x, parent)
+    for excluded in [] if exclude is None else exclude:
+        barred |= token == excluded
+    adjusted = rows.adjust(logits[row, inside].masked_fill(barred, -torch.inf), parent)
+    log_prob = rows.log_prob(adjusted, parent)
+    score = rows.score(log_prob)
+    parent, token = _members(parent, GROUP_SIZE), token.flatten(1)
+    place = _best(score, adjusted, parent, token, k)
+    found = [field.gather(1, place) for field in (score, adjusted, parent, token, log_prob)]
+    order = _in_order(*found[:4])
+    _, adjusted, parent, token, log_prob = (field.gather(1, order) for field in found)
 
-    # invalid places: ids in range, and equal to what the kernel writes
+    # places without a candidate: ids in range, and equal to what the kernel writes
     invalid = log_prob == -torch.inf
     parent, token = parent.masked_fill(invalid, 0), token.masked_fill(invalid, 0)
     adjusted = adjusted.masked_fill(invalid, -torch.inf)
     missing = k - place.shape[1]
     if missing > 0:
         pad = torch.nn.functional.pad
-        log_prob, adjusted = (pad(t, (0, missing), value=-torch.inf) for t in (log_prob, adjusted))
+        log_prob, adjusted = (pad(field, (0, missing), value=-torch.inf) for field in (log_prob, adjusted))
         parent, token = pad(parent, (0, missing)), pad(token, (0, missing))
     return log_prob, parent, token, adjusted
+
+
+def _in_order(score: Tensor, adjusted: Tensor, parent: Tensor, token: Tensor) -> Tensor:
+    """Positions that put candidates ``[B, n]`` in the total order."""
+    ordered, order = score.sort(dim=1, descending=True)
+    if bool((ordered[:, 1:] == ordered[:, :-1]).any()):
+        return lexsort_descending(pack_key(score, parent), pack_key(adjusted, token))
+    return order
 
 
 def _fake_select(

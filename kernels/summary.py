@@ -82,13 +82,13 @@ class _Pass:
         self.renormalize = renormalize
         self.mass = mass
         # zeros: the padding between blocks is exponentiated too, and must not hold signalling junk
-        self.work = torch.zeros(_evenly_split(_BLOCK_TILES * TILE), dtype=torch.float32)
+        self.work = torch.zeros(_evenly_split(_BLOCK_TILES * TILE), dtype=torch.float32, device=out.tile_sum.device)
 
     def _sum_exp(self, x: Tensor, ref: Tensor, scale: Tensor | float, dim: int) -> Tensor:
         """``sum(exp2((x - ref) * scale))`` over ``dim`` of ``x [n, t, r, 64]``, in the workspace."""
         numel = x.numel()
         if numel > self.work.numel():
-            self.work = torch.zeros(_evenly_split(numel), dtype=torch.float32)
+            self.work = torch.zeros(_evenly_split(numel), dtype=torch.float32, device=x.device)
         flat = self.work[:numel]
         work = flat.view(x.shape)
         if x.dtype == torch.float32:

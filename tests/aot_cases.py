@@ -90,6 +90,32 @@ def _ancestry() -> tuple[Tensor, ...]:
     return _new(BATCH, BEAMS, LENGTH, dtype=_i32), _new(BATCH, BEAMS, dtype=_i64), _new(1, dtype=_i64)[0]
 
 
+def _advance(beams: int, pool: bool, n_eos: int = 2, options: bool = False) -> tuple[object, ...]:
+    """The arguments of both launchers, fields in the order of ``kernels/beamstate.py``."""
+    rows, slots, requests, table = BATCH * beams, (BATCH, beams), (BATCH,), (BATCH, LENGTH + 1)
+    places = [_new(*slots) for _ in range(3)] + [_new(*slots, dtype=_i32) for _ in range(4)]
+    return (
+        _new(rows, VOCAB, dtype=_bf16),
+        _bits(rows) if options else None,
+        _new(rows) if options else None,
+        _new(n_eos, dtype=_i64) if n_eos else None,
+        [
+            _new(*slots),
+            _new(*slots, dtype=_i64),
+            _new(*slots, dtype=_i64),
+            _new(*slots),
+            _new(rows),
+            _new(rows, dtype=_i32),
+        ],
+        [_new(*slots), *(_new(*slots, dtype=dtype) for dtype in (_i32, _i32, torch.bool, torch.bool))],
+        [_new(*requests, dtype=dtype) for dtype in (torch.bool, _i32, _i32)],
+        [_new(LENGTH, *slots, dtype=dtype) for dtype in (_i32, _i32, _f32)],
+        *([places] if pool else []),
+        [*(_new(*requests, dtype=_i32) for _ in range(4)), _new(*table), _new(*table)],
+        0,
+    )
+
+
 def _cases() -> list[Case]:
     summary = partial(Case, "summary", "launch_summarize")
     every_option = dict.fromkeys(("bitmask", "temperature", "active", "exclude", "mass"), True)
@@ -98,6 +124,8 @@ def _cases() -> list[Case]:
     reorder = partial(Case, "reorder")
     history = partial(Case, "history")
     bitmask = partial(Case, "bitmask")
+    pool = partial(Case, "advance_pool", "launch_advance_pool_")
+    in_place = partial(Case, "advance_in_place", "launch_advance_in_place_")
     return [
         summary("bf16", lambda: _summarize(_bf16)),
         summary("fp16", lambda: _summarize(torch.float16), (90,)),
@@ -133,6 +161,12 @@ def _cases() -> list[Case]:
         bitmask("launch_pack_bitmask", "", lambda: (_new(ROWS, VOCAB, dtype=torch.bool),)),
         bitmask("launch_unpack_bitmask", "", lambda: (_bits(), VOCAB)),
         bitmask("launch_apply_bitmask_", "bf16", lambda: (_new(ROWS, VOCAB, dtype=_bf16), _bits())),
+        pool("8 beams, exact", lambda: (*_advance(8, True), False, True)),
+        pool("8 beams, by arrival", lambda: (*_advance(8, True), True, False), (90,)),
+        pool("256 beams, every option", lambda: (*_advance(256, True, options=True), False, True), (90,)),
+        in_place("8 beams", lambda: _advance(8, False)),
+        in_place("8 beams, no EOS", lambda: _advance(8, False, n_eos=0), (90,)),
+        in_place("256 beams, every option", lambda: _advance(256, False, options=True), (90,)),
     ]
 
 

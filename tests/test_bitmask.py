@@ -107,10 +107,10 @@ def test_batch_invariant_bitwise(device):
 @pytest.mark.parametrize("apply", [apply_bitmask_, launch_apply_bitmask_])
 def test_strided_rows(apply, device):
     whole, mask = torch.randn(4, 3, 200, device=device), random_mask(3, 4, 100, device=device)
-    before, wide = whole.clone(), torch.zeros(3, 8, 4, dtype=torch.int32, device=device)
-    bits = wide[:, ::2]
+    before, wide = whole.clone(), torch.zeros(3, 8, 8, dtype=torch.int32, device=device)
+    bits = wide[:, ::2, ::2]
     bits.copy_(pack_bitmask(mask))
-    apply(whole[:, :, ::2].transpose(0, 1), bits)
+    apply(whole[:, :, ::2].transpose(0, 1), bits)  # [3, 4, 100]
     assert torch.equal(whole[:, :, 1::2], before[:, :, 1::2])
     allowed = mask.transpose(0, 1)
     assert torch.equal(whole[:, :, ::2], before[:, :, ::2].masked_fill(~allowed, -torch.inf))
@@ -120,7 +120,7 @@ def test_strided_rows(apply, device):
 def test_strided_mask(pack, device):
     mask = random_mask(90, 2, 3, device=device).permute(2, 1, 0)
     assert torch.equal(pack(mask), pack(mask.contiguous()))
-    bits = pack(mask).transpose(0, 1)
+    bits = torch.stack([pack(mask)] * 2, -1)[..., 1].transpose(0, 1)
     for unpack in (unpack_bitmask, launch_unpack_bitmask):
         assert torch.equal(unpack(bits, 90), mask.transpose(0, 1))
 

@@ -61,8 +61,7 @@ def library_stopping(stopping):
 def kernel_lse(row: np.ndarray, temperature: float) -> np.float32:
     """The library's own log-sum-exp, so that a reference can repeat float32 scores bit for bit."""
     logits, divisor = torch.from_numpy(row)[None], torch.tensor([temperature], dtype=torch.float32)
-    _, _, lse = kernels.topk_log_probs(logits, 1, temperature=divisor)
-    return lse.reshape(-1)[0].numpy()
+    return kernels.summarize(logits, temperature=divisor).lse[0].numpy()
 
 
 FIELDS = ("tokens", "parents", "source_rows", "valid")
@@ -335,28 +334,28 @@ def check_against_naive(V, setting, lm, stopping, finished, exact, steps=None, n
 @pytest.mark.parametrize(("stopping", "finished"), RULES)
 def test_equals_the_literal_reference(stopping, finished):
     compared = 0
-    for seed in range(30):
+    for seed in range(24):
         V, setting, lm = random_setting(seed, stopping, finished)
         table = TableLM(V, seed, eos=setting["eos"], **lm)
         compared += check_against_naive(V, setting, table, stopping, finished, exact=False)
-    assert compared > 75
+    assert compared > 60
 
 
 @pytest.mark.parametrize(("stopping", "finished"), RULES)
 def test_exact_ties_follow_the_total_order(stopping, finished):
     """Coarse logits tie within rows, and a model without memory ties across parents: bit for bit, no margin."""
     compared = 0
-    for seed in range(30):
+    for seed in range(24):
         V, setting, lm = random_setting(1000 + seed, stopping, finished)
         if finished == "in_place":
             setting["penalty"] = Power(0.0)
         table = TableLM(V, seed, eos=setting["eos"], coarse=[1.0, 2.0, 100.0][seed % 3], forget=seed % 2 == 0, **lm)
         compared += check_against_naive(V, setting, table, stopping, finished, exact=True)
-    assert compared > 60
+    assert compared > 48
 
 
 @pytest.mark.parametrize("finished", REGIMES)
-@pytest.mark.parametrize(("V", "K"), [(61, 40), (300, 17), (2100, 5), (4500, 3)])
+@pytest.mark.parametrize(("V", "K"), [(61, 40), (300, 11), (2100, 3), (4500, 2)])
 def test_wider_beams_and_larger_vocabularies_follow_the_total_order(V, K, finished):
     for seed, coarse in enumerate([None, 0.5]):
         setting = {"beam_size": K, "max_length": 4 if V < 1000 else 3, "eos": [V - 1, V // 2], "penalty": Power(0.0)}
@@ -368,13 +367,13 @@ def test_wider_beams_and_larger_vocabularies_follow_the_total_order(V, K, finish
 @pytest.mark.parametrize("stopping", ["exact", "exhausted", 1.0])
 def test_early_finalize_equals_the_literal_reference(stopping, finished):
     compared = 0
-    for seed in range(25):
+    for seed in range(20):
         V, setting, lm = random_setting(2000 + seed, stopping, finished)
         setting["max_length"] += 2
         table = TableLM(V, seed, eos=setting["eos"], **lm)
         steps = 1 + seed % (setting["max_length"] - 1)
         compared += check_against_naive(V, setting, table, stopping, finished, exact=False, steps=steps)
-    assert compared > 50
+    assert compared > 40
 
 
 @pytest.mark.parametrize("finished", REGIMES)
@@ -831,7 +830,7 @@ def test_only_slot_0_counts_in_wide_first_logits():
 @pytest.mark.parametrize("finished", REGIMES)
 def test_exact_returns_what_exhausted_does_in_fewer_steps(finished, penalty):
     saved = 0
-    for seed in range(15):
+    for seed in range(9):
         V = 3 + seed % 4
         lm = TableLM(V, seed, eos=[V - 1], eos_bias=1.0 * (seed % 3))
         common = {
@@ -900,9 +899,9 @@ def test_min_length_bans_eos_before_it(finished):
 @pytest.mark.parametrize("normalize", ["vocab", "allowed"])
 def test_eos_anywhere_in_the_vocabulary(normalize, finished):
     """The first and last bits of words, neighbours, and ids 64 and 2048 apart."""
-    for V, eos in [(70, [31, 32]), (70, [0, 63, 69]), (300, [5, 69, 133, 261]), (4200, [7, 71, 2055, 4103, 4199])]:
+    for V, eos in [(70, [31, 32]), (70, [0, 63, 69]), (300, [5, 69, 133, 261]), (2300, [7, 71, 2055, 2299])]:
         lm = TableLM(V, 5, eos=eos, eos_bias=math.log(V) / 2 + 1)
-        setting = {"beam_size": 4, "max_length": 4, "min_length": 2, "eos": eos, "penalty": Power(0.0)}
+        setting = {"beam_size": 3, "max_length": 3, "min_length": 2, "eos": eos, "penalty": Power(0.0)}
         for temperature in (1.0, 0.8):
             setting["temperature"] = temperature
             assert check_against_naive(V, setting, lm, 1.0, finished, exact=False, normalize=normalize) > 1

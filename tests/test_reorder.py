@@ -93,7 +93,7 @@ def test_source_rows_out_of_range_are_clamped(device):
 
 
 # rows at the slow, a middle and the fast end; a permuted tensor; a slice of a longer cache; every other column;
-# an expanded dimension; more dimensions than the kernel has strides for
+# an expanded dimension; aligned rows at unaligned distances; more dimensions than the kernel has strides for
 LAYOUTS = [
     (lambda device: values((6, 4, 10), device=device).transpose(0, 2), 0),
     (lambda device: values((6, 4, 10), device=device).transpose(1, 2), 1),
@@ -101,6 +101,7 @@ LAYOUTS = [
     (lambda device: values((5, 3, 9, 8), device=device)[:, :, :6], 0),
     (lambda device: values((5, 34), device=device)[:, 1::2], 0),
     (lambda device: values((5, 1, 8), device=device).expand(5, 3, 8), 0),
+    (lambda device: values((5, 9), device=device)[:, :8], 0),
     (lambda device: values((3, 1, 2, 3, 2, 4, 4), device=device).permute(2, 0, 4, 1, 5, 3, 6)[..., ::2], 4),
 ]
 

@@ -311,7 +311,7 @@ def _advance_pool_kernel(
     )
     tl.store(log_probs_ptr + own, tl.where(keep, log_prob, -float("inf")), mask=slot < beams * live)
     tl.store(lengths_ptr + own, lengths + 1, mask=slot < beams * live)
-    tl.store(ranks_ptr + own, rank, mask=slot < beams * live)
+    tl.store(ranks_ptr + own, tl.where(keep, rank, 0), mask=slot < beams * live)
     tl.store(active_ptr + own, keep & (done == 0), mask=inside)
 
 

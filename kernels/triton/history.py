@@ -37,7 +37,6 @@ def _trace_kernel(
     inside = path < n_paths
     b, n = path // N, path % N
     end_step = tl.load(end_step_ptr + b * stride_step_b + n * stride_step_n, mask=inside, other=-1).to(tl.int64)
-    end_step = tl.minimum(end_step, T - 1)
     end_slot = tl.load(end_slot_ptr + b * stride_slot_b + n * stride_slot_n, mask=inside, other=0).to(tl.int64)
     end_slot = tl.minimum(tl.maximum(end_slot, 0), K - 1)
     parents_ptr += b * stride_parents_b

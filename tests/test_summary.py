@@ -1,0 +1,608 @@
+"""The pass over the logits and the log-sum-exp of rows: kernels, torch definitions, and both against float64."""
+
+from __future__ import annotations
+
+import mmap
+
+import pytest
+import torch
+
+from flashbeam.kernels import FLAG_INF, FLAG_NAN, pack_bitmask, summarize
+from flashbeam.kernels.lse import merge_tiles
+from flashbeam.kernels.summary import GROUP_SIZE, GROUPS, TILE, Tiles, summarize_op
+from flashbeam.kernels.triton.lse import launch_row_lse
+from flashbeam.kernels.triton.summary import launch_summarize
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+# infinities are meant; numpy, which the interpreter computes with, warns of log(0)
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+INF, NAN = float("inf"), float("nan")
+OPTIONS = ("bitmask", "temperature", "active", "exclude", "renormalize", "mass")
+
+# one size per path: one token, a group column missing, one row of groups, one token in the second row of groups,
+# a ragged tile, a whole tile, a tile of one token, a ragged third tile, a second program (four tiles each)
+SIZES = [1, 63, 64, 65, 2047, 2048, 2049, 5000, 4 * TILE + 100]
+
+
+@pytest.fixture(autouse=True)
+def _threads():
+    """Tests of threads set their own number; the others are faster with one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def by_definition(logits, vocab_size, device="cpu", **options):
+    """Tiles from the torch definition, whatever the device of the test."""
+    return Tiles(*summarize_op(logits, vocab_size, *arguments(options)))
+
+
+def by_kernel(logits, vocab_size, device, **options):
+    """Tiles from the kernel, back on the CPU."""
+    values = [v.to(device) if isinstance(v, torch.Tensor) else v for v in arguments(options)]
+    return Tiles(*(field.cpu() for field in launch_summarize(logits.to(device), vocab_size, *values)))
+
+
+def arguments(options):
+    assert set(options) <= set(OPTIONS)
+    return [options.get(name) for name in OPTIONS[:4]] + [options.get(name, False) for name in OPTIONS[4:]]
+
+
+def lse_by_kernel(tile_ref, tile_sum, temperature, device):
+    temperature = None if temperature is None else temperature.to(device)
+    lse, flags = launch_row_lse(tile_ref.to(device), tile_sum.to(device), temperature)
+    return lse.cpu(), flags.cpu()
+
+
+BOTH = pytest.mark.parametrize("tiles_by", [by_definition, by_kernel])
+
+
+def random_bits(rows, vocab_size, share=0.5):
+    return pack_bitmask(torch.rand(rows, vocab_size) < share)
+
+
+def in_tiles(x, fill):
+    """``[R, V]`` -> ``[R, N, 32, 64]``, padded with ``fill``."""
+    return torch.nn.functional.pad(x, (0, -x.shape[1] % TILE), value=fill).unflatten(1, (-1, GROUP_SIZE, GROUPS))
+
+
+def expected(logits, vocab_size, precision=torch.float64, **options):
+    """The formulas at the top of kernels/summary.py, every token in memory: (Tiles, lse, flags)."""
+    x = logits[:, :vocab_size]
+    rows, nan, dtype = x.shape[0], x.isnan(), x.dtype
+    candidates, normalised = torch.ones_like(nan), torch.ones_like(nan)
+    if options.get("bitmask") is not None:
+        bits = options["bitmask"]
+        token = torch.arange(vocab_size)
+        candidates = (bits[:, token // 32] >> (token % 32)) & 1 == 1
+        if options.get("renormalize"):
+            normalised = candidates.clone()
+    if options.get("active") is not None:
+        candidates = candidates & options["active"][:, None]
+        normalised = normalised & options["active"][:, None]
+    if options.get("exclude") is not None:
+        candidates = candidates.index_fill(1, options["exclude"], False)
+    temperature = options.get("temperature")
+    temperature = torch.ones(rows) if temperature is None else temperature
+    temperature = temperature.to(precision)[:, None, None, None]
+    x = x.masked_fill(nan, -INF).to(precision)
+    c = in_tiles(x.masked_fill(~candidates, -INF), -INF)
+    n = in_tiles(x.masked_fill(~normalised, -INF), -INF)
+    group_max, tile_ref = c.amax(2), n.amax((2, 3))
+    finite_ref = tile_ref.masked_fill(tile_ref.isinf(), 0.0)[:, :, None, None]
+    finite_max = group_max.masked_fill(group_max.isinf(), 0.0)[:, :, None]
+    tile_sum = ((n - finite_ref) / temperature).exp().sum((2, 3))
+    group_mass = ((c - finite_max) / temperature).exp().sum(2)
+    saw_nan = in_tiles(nan & normalised, False).any(3).any(2)
+    tile_sum = torch.where(saw_nan, -tile_sum.clamp(min=1.0), tile_sum)
+    if not options.get("mass"):
+        group_mass = group_mass[:, :0]
+    lse = (n / temperature).flatten(1).logsumexp(1)
+    tile_max = group_max.amax(-1)
+    tiles = Tiles(group_max.to(dtype), tile_max.to(dtype), tile_ref.to(dtype), tile_sum, group_mass)
+    return tiles, lse, saw_nan.any(1) * FLAG_NAN + (lse == INF) * FLAG_INF
+
+
+def check_budget(got, want, reference):
+    """Within twice the worst error of torch in float32, plus 2**-20; relative where values exceed 1."""
+    assert got.dtype == torch.float32 and got.shape == want.shape
+    special = ~want.isfinite()
+    assert torch.equal(got[special].double(), want[special])
+    got, want, reference = got[~special].double(), want[~special], reference[~special].double()
+    if want.numel() == 0:
+        return
+    assert torch.equal(got.signbit(), want.signbit()) or (got - want).abs().max() < 1e-6
+    scale = want.abs().clamp(min=1.0)
+    error, allowance = ((got - want).abs() / scale).max(), ((reference - want).abs() / scale).max()
+    assert error <= 2 * allowance + 2.0**-20, (float(error), float(allowance))
+
+
+def check(tiles_by, logits, vocab_size, device, **options):
+    """Tiles, log-sum-exp and flags against float64."""
+    tiles = tiles_by(logits, vocab_size, device, **options)
+    want, want_lse, want_flags = expected(logits, vocab_size, **options)
+    in_float32, lse_in_float32, _ = expected(logits, vocab_size, torch.float32, **options)
+    for name in ("group_max", "tile_max", "tile_ref"):
+        assert getattr(tiles, name).dtype == logits.dtype, name
+        assert torch.equal(getattr(tiles, name), getattr(want, name)), name
+    for name in ("tile_sum", "group_mass"):
+        check_budget(getattr(tiles, name), getattr(want, name), getattr(in_float32, name))
+    temperature = options.get("temperature")
+    if tiles_by is by_kernel:
+        lse, flags = lse_by_kernel(tiles.tile_ref, tiles.tile_sum, temperature, device)
+    else:
+        lse, flags = merge_tiles(tiles.tile_ref, tiles.tile_sum, temperature)
+    check_budget(lse, want_lse, lse_in_float32)
+    assert flags.dtype == torch.int32 and torch.equal(flags, want_flags.int())
+    return tiles
+
+
+def combinations(vocab_size, rows):
+    """Every option alone, and the two ways to normalise with everything else on."""
+    temperature = torch.rand(rows) * 2 + 0.25
+    active = torch.arange(rows) != 1
+    exclude = torch.tensor(sorted({0, vocab_size // 2, vocab_size - 1}))
+    bits = random_bits(rows, vocab_size)
+    return [
+        {},
+        {"temperature": temperature},
+        {"bitmask": bits},
+        {"bitmask": bits, "renormalize": True, "active": active},
+        {"exclude": exclude},
+        {"mass": True, "active": active},
+        {"bitmask": bits, "temperature": temperature, "active": active, "exclude": exclude},
+        {"bitmask": bits, "temperature": temperature, "renormalize": True, "mass": True},
+    ]
+
+
+@BOTH
+@pytest.mark.parametrize("vocab_size", SIZES)
+def test_matches_reference(vocab_size, tiles_by, device):
+    logits = torch.randn(3, vocab_size) * 3
+    for i, options in enumerate(combinations(vocab_size, 3)):
+        check(tiles_by, logits.to(DTYPES[i % 3]), vocab_size, device, **options)
+
+
+@BOTH
+def test_no_row(tiles_by, device):
+    tiles = check(tiles_by, torch.zeros(0, 70), 70, device, mass=True)
+    assert tiles.group_max.shape == tiles.group_mass.shape == (0, 1, 64)
+
+
+def adversarial_rows(vocab_size, dtype=torch.float32):
+    """Rows made to hurt, ``[R, V]``."""
+    index = torch.arange(vocab_size)
+    normal = torch.randn(vocab_size) * 3
+    middle, last = index == vocab_size // 2, index == vocab_size - 1
+    rows = {
+        "ascending": index / vocab_size * 9,
+        "descending": -index / vocab_size * 9,
+        "all equal": torch.full((vocab_size,), 1.25),
+        "one finite": torch.where(last, -7.0, -INF),
+        "all -inf": torch.full((vocab_size,), -INF),
+        "one nan": torch.where(middle, NAN, normal),
+        "many nan": torch.where(torch.rand(vocab_size) < 0.4, NAN, normal),
+        "all nan": torch.full((vocab_size,), NAN),
+        "+inf": torch.where(middle, INF, normal),
+        "nan and +inf": torch.where(last, INF, torch.where(middle, NAN, normal)),
+        "nan, else -inf": torch.where(middle, NAN, -INF),
+        "zeros of both signs": torch.where(torch.rand(vocab_size) < 0.5, 0.0, -0.0),
+        "far above": normal + 1e4,
+        "far below": normal - 1e4,
+        "between the largest of float16": torch.where(index % 3 == 0, 65504.0, -65504.0),
+    }
+    return torch.stack(list(rows.values())).to(dtype)
+
+
+@BOTH
+@pytest.mark.parametrize(("vocab_size", "dtype"), [*((v, torch.float32) for v in SIZES[:-1]), *((2049, d) for d in DTYPES[1:])])
+def test_adversarial_rows(vocab_size, dtype, tiles_by, device):
+    logits = adversarial_rows(vocab_size, dtype)
+    check(tiles_by, logits, vocab_size, device, mass=True)
+    if vocab_size in (65, 2049):
+        options = combinations(vocab_size, len(logits))
+        check(tiles_by, logits, vocab_size, device, **options[2])
+        check(tiles_by, logits, vocab_size, device, **options[-1])
+
+
+@BOTH
+def test_small_temperature(tiles_by, device):
+    """A hundredth of a degree multiplies by 144 what is exponentiated."""
+    logits, cold = torch.randn(3, 2100) * 10, torch.tensor([0.01, 0.1, 100.0])
+    check(tiles_by, logits, 2100, device, temperature=cold, mass=True)
+
+
+@pytest.mark.parametrize(
+    "tiles_by",
+    [
+        by_definition,
+        pytest.param(by_kernel, marks=pytest.mark.xfail(strict=True, reason="0 * inf in _sum_exp2: tile_sum is NaN")),
+    ],
+)
+@pytest.mark.parametrize(("top", "temperature"), [(3e38, 1.0), (1e10, 1.0), (20.0, 1e-8), (-3e38, 1.0)])
+def test_logits_so_large_that_their_scale_rounds(top, temperature, tiles_by, device):
+    """Beyond 2**31 / temperature the rounding error of ``ref * scale`` is itself beyond the range of exp2."""
+    logits = torch.linspace(1.0, 1.7, 70).mul(abs(top) / 2).neg().add(top)[None].clamp(min=-3.4e38)
+    check(tiles_by, logits, 70, device, temperature=torch.tensor([temperature]))
+
+
+@BOTH
+def test_row_without_allowed_token_has_no_candidates_and_no_mass(tiles_by, device):
+    none = torch.zeros(2, 66, dtype=torch.int32)
+    tiles = tiles_by(torch.randn(2, 2100), 2100, device, bitmask=none, renormalize=True, mass=True)
+    assert (tiles.group_max == -INF).all() and (tiles.tile_max == -INF).all() and (tiles.tile_ref == -INF).all()
+    assert (tiles.tile_sum == 0).all() and (tiles.group_mass == 0).all()
+    lse, flags = merge_tiles(tiles.tile_ref, tiles.tile_sum, None)
+    assert lse.tolist() == [-INF, -INF] and flags.tolist() == [0, 0]
+
+
+@pytest.mark.parametrize(
+    "tiles_by",
+    [
+        pytest.param(by_definition, marks=pytest.mark.xfail(strict=True, reason="_exclude_tokens leaves group_mass")),
+        by_kernel,
+    ],
+)
+def test_mass_leaves_excluded_tokens_out(tiles_by, device):
+    check(tiles_by, torch.randn(2, 100), 100, device, mass=True, exclude=torch.tensor([3, 40]))
+
+
+@BOTH
+def test_masked_tokens_never_reach_arithmetic(tiles_by, device):
+    """Renormalising over what is allowed, a NaN or +inf elsewhere changes no bit and raises no flag."""
+    allowed = torch.rand(3, 2100) < 0.5
+    clean = torch.randn(3, 2100)
+    dirty = torch.where(allowed, clean, torch.tensor([NAN, INF, -INF])[torch.arange(2100) % 3])
+    options = {"bitmask": pack_bitmask(allowed), "renormalize": True, "mass": True}
+    want, got = (tiles_by(x, 2100, device, **options) for x in (clean, dirty))
+    for name, field in want._asdict().items():
+        assert torch.equal(field, getattr(got, name)), name
+    assert merge_tiles(got.tile_ref, got.tile_sum, None)[1].tolist() == [0, 0, 0]
+
+
+@BOTH
+@pytest.mark.parametrize("vocab_size", [1, 65, 2048, 2050])
+def test_columns_past_the_vocabulary_are_never_read(vocab_size, tiles_by, device):
+    clean = torch.randn(2, vocab_size)
+    dirty = torch.cat([clean, torch.tensor([NAN, INF]).repeat(2, 1100)], 1)
+    ones = torch.full((2, 200), -1, dtype=torch.int32)  # set bits past the vocabulary must not count either
+    for options in ({"mass": True}, {"bitmask": ones, "renormalize": True}):
+        want, got = (tiles_by(x, vocab_size, device, **options) for x in (clean, dirty))
+        for name, field in want._asdict().items():
+            assert torch.equal(field, getattr(got, name)), name
+
+
+@BOTH
+def test_rows_that_are_not_active_are_never_read(tiles_by, device):
+    logits = torch.randn(4, 2100)
+    logits[1], logits[3] = NAN, INF
+    active = torch.tensor([True, False, True, False])
+    tiles = check(tiles_by, logits, 2100, device, active=active, mass=True)
+    assert (tiles.tile_sum[~active] == 0).all() and (tiles.tile_ref[~active] == -INF).all()
+    check(tiles_by, logits, 2100, device, active=active, exclude=torch.tensor([2099]))
+
+
+@BOTH
+def test_no_row_is_active(tiles_by, device):
+    check(tiles_by, torch.full((2, 70), NAN), 70, device, active=torch.tensor([False, False]), mass=True)
+
+
+def far_apart(rows, columns, stride, dtype=torch.bfloat16):
+    """Rows ``stride`` elements apart. Untouched pages of an anonymous mapping take no memory.
+
+    The first row lies 2**31 elements into the mapping: an offset that wrapped around reads zeros, not foreign memory.
+    """
+    size = (2**31 + rows * stride) * dtype.itemsize
+    try:
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
+        pages = torch.frombuffer(mmap.mmap(-1, size, flags=flags), dtype=dtype)
+    except (OSError, ValueError):
+        pytest.skip(f"no {size >> 30} GiB of address space")
+    return pages.as_strided((rows, columns), (stride, 1), 2**31)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the trick is a CPU's; on a GPU the memory would be real")
+def test_rows_beyond_2_31_elements():
+    """The stride itself fits int32, so only the cast of the row keeps the product from wrapping."""
+    near = torch.randn(3, 70).bfloat16()
+    far = far_apart(3, 70, 2**30 + 8)
+    far.copy_(near)
+    bits = random_bits(3, 70)
+    far_bits = far_apart(3, 3, 2**30 + 8, torch.int32)
+    far_bits.copy_(bits)
+    for tiles_by in (by_definition, by_kernel):
+        want = tiles_by(near, 70, "cpu", bitmask=bits, exclude=torch.tensor([7]))
+        got = tiles_by(far, 70, "cpu", bitmask=far_bits, exclude=torch.tensor([7]))
+        for name, field in want._asdict().items():
+            assert torch.equal(field, getattr(got, name)), name
+
+
+# one number of tiles per path: one, two, a ragged power of two, more than a vector
+@pytest.mark.parametrize("tiles", [1, 2, 5, 67])
+@pytest.mark.parametrize("cold", [False, True])
+def test_row_lse_matches_reference(tiles, cold, device):
+    ref = (torch.randn(6, tiles) * 20).bfloat16()
+    total = torch.rand(6, tiles) * 2000 + 1
+    ref[1], total[1] = -INF, 0.0  # an empty row
+    ref[2, -1], total[2, -1] = -INF, 0.0  # an empty tile
+    ref[3, tiles // 2] = INF
+    total[4, 0] *= -1  # a NaN was there
+    ref[5, 0], total[5, 0] = INF, -INF
+    temperature = torch.rand(6) + 0.1 if cold else None
+
+    def reference(precision):
+        x = ref.to(precision)
+        x = x if temperature is None else x / temperature.to(precision)[:, None]
+        return (x + total.abs().to(precision).log()).nan_to_num(nan=INF, posinf=INF, neginf=-INF).logsumexp(-1)
+
+    flags = torch.tensor([0, 0, 0, FLAG_INF, FLAG_NAN, FLAG_NAN | FLAG_INF], dtype=torch.int32)
+    for got in (merge_tiles(ref, total, temperature), lse_by_kernel(ref, total, temperature, device)):
+        check_budget(got[0], reference(torch.float64), reference(torch.float32))
+        assert torch.equal(got[1], flags)
+
+
+def test_public_function_and_its_equivalents(device):
+    logits, temperature = torch.randn(3, 5000, device=device) * 3, torch.rand(3, device=device) + 0.5
+    summary = summarize(logits, temperature=temperature)
+    lse = (logits / temperature[:, None]).logsumexp(-1)
+    assert torch.allclose(summary.lse, lse, atol=2e-6)
+    assert torch.equal(summary.flags, torch.zeros(3, dtype=torch.int32, device=device))
+    assert torch.equal(summary.tiles.group_max[1, 2, 5], logits[1, 4096 + 5 : 5000 : 64].amax())
+    assert summary.tiles.group_mass.shape == (3, 0, 64)
+    assert torch.equal(summarize(logits, vocab_size=64).tiles.tile_max[:, 0], logits[:, :64].amax(-1))
+    bits = random_bits(3, 5000).to(device)
+    over_allowed = summarize(logits, bitmask=bits, normalize="allowed").lse
+    assert (over_allowed < summarize(logits, bitmask=bits).lse).all()
+
+
+def test_logits_that_require_grad_are_detached():
+    assert not summarize(torch.zeros(1, 2, requires_grad=True)).lse.requires_grad
+
+
+def everything(tiles, temperature):
+    return [*tiles, *merge_tiles(tiles.tile_ref, tiles.tile_sum, temperature)]
+
+
+def check_rows_alone(tiles_by, vocab_size, device, batches, **options):
+    """Each tested row has one set of bits: alone, and at any place of any batch, inactive neighbours or not."""
+    rows = max(batches)
+    logits = torch.randn(rows, vocab_size) * 5
+    bits, temperature = random_bits(rows, vocab_size, 0.9), torch.rand(rows) + 0.5
+
+    def run(index, active=None):
+        chosen = {}
+        if "bitmask" in options:
+            chosen["bitmask"] = bits[index]
+        if "temperature" in options:
+            chosen["temperature"] = temperature[index]
+        tiles = tiles_by(logits[index], vocab_size, device, active=active, mass=True, **chosen)
+        if tiles_by is by_definition:
+            return everything(tiles, chosen.get("temperature"))
+        return [*tiles, *lse_by_kernel(tiles.tile_ref, tiles.tile_sum, chosen.get("temperature"), device)]
+
+    tested = [0, rows // 2, rows - 1]
+    alone = {row: run(torch.tensor([row])) for row in tested}
+    for batch in batches:
+        for row in tested:
+            for place in {0, batch // 3, batch - 1}:
+                index = torch.randperm(rows)[:batch]
+                index[place] = row
+                active = torch.rand(batch) < 0.5
+                active[place] = True
+                for field, want in zip(run(index, active if row == 0 else None), alone[row], strict=True):
+                    assert torch.equal(field[place], want[0])
+
+
+# blocks of the definition end at 128 tiles: a row of many blocks, rows that share one, tails of every kind
+@pytest.mark.parametrize("vocab_size", [1, 65, 1000, 2049, 5000, 30011, 128 * TILE + 77])
+def test_definition_is_batch_invariant_bitwise(vocab_size):
+    for threads in (1, 2, 3, 5, 8):
+        torch.manual_seed(vocab_size)
+        torch.set_num_threads(threads)
+        batches = [2, 7, 64] if vocab_size <= 5000 else [2, 7]
+        check_rows_alone(by_definition, vocab_size, "cpu", batches, bitmask=True)
+        check_rows_alone(by_definition, vocab_size, "cpu", batches, temperature=True)
+
+
+def test_definition_is_bitwise_the_same_with_any_number_of_threads():
+    logits, seen = torch.randn(40, 5000) * 5, []
+    for threads in (1, 2, 3, 5, 8):
+        torch.set_num_threads(threads)
+        seen.append(everything(by_definition(logits, 5000, mass=True), None))
+    for other in seen[1:]:
+        for field, want in zip(other, seen[0], strict=True):
+            assert torch.equal(field, want)
+
+
+def test_kernel_is_batch_invariant_bitwise(device):
+    check_rows_alone(by_kernel, 65, device, [2, 7], bitmask=True)
+    check_rows_alone(by_kernel, 2100, device, [7], temperature=True)
+    many = torch.randn(64, 70)
+    want, got = by_kernel(many[40:41], 70, device), by_kernel(many, 70, device)
+    for field, alone in zip(got, want, strict=True):
+        assert torch.equal(field[40:41], alone)
+
+
+@pytest.mark.parametrize("tiles", [1, 3, 63, 128, 491])
+def test_row_lse_is_batch_invariant_bitwise(tiles, device):
+    ref, total, temperature = torch.randn(64, tiles) * 5, torch.rand(64, tiles) * 2000 + 1, torch.rand(64) + 0.5
+    for threads in (1, 2, 3, 5, 8):
+        torch.set_num_threads(threads)
+        for divisor in (None, temperature):
+            whole = merge_tiles(ref, total, divisor)[0]
+            for rows in (slice(0, 1), slice(13, 14), slice(63, 64), slice(5, 12), slice(61, 63)):
+                part = merge_tiles(ref[rows], total[rows], None if divisor is None else divisor[rows])[0]
+                assert torch.equal(part, whole[rows])
+    whole = lse_by_kernel(ref[:7], total[:7], temperature[:7], device)[0]
+    assert torch.equal(lse_by_kernel(ref[5:6], total[5:6], temperature[5:6], device)[0], whole[5:6])
+
+
+@BOTH
+def test_strided_rows(tiles_by, device):
+    wide = torch.full((6, 5300), NAN)
+    logits = wide[::2, 100:5100]
+    logits.copy_(torch.randn(3, 5000))
+    bits = random_bits(3, 5000)
+    wide_bits = torch.zeros(6, 400, dtype=torch.int32)[1::2, 100:300]
+    wide_bits[:, : bits.shape[1]] = bits
+    if device != "cpu":  # a copy to the device would be dense
+        logits, wide_bits = wide.to(device)[::2, 100:5100], wide_bits.to(device)
+    want = tiles_by(logits.contiguous().cpu(), 5000, device, bitmask=bits, exclude=torch.tensor([4999]))
+    got = tiles_by(
+        logits if tiles_by is by_kernel else logits.cpu(),
+        5000,
+        device,
+        bitmask=wide_bits if tiles_by is by_kernel else wide_bits.cpu(),
+        exclude=torch.tensor([4999]),
+    )
+    for name, field in want._asdict().items():
+        assert torch.equal(field, getattr(got, name)), name
+
+
+@BOTH
+def test_input_not_modified(tiles_by, device):
+    logits = adversarial_rows(2100).to(device if tiles_by is by_kernel else "cpu")
+    options = combinations(2100, len(logits))[6]
+    before = [logits.clone(), *(value.clone() for value in options.values())]
+    tiles = tiles_by(logits, 2100, device, **options)
+    merge_tiles(tiles.tile_ref, tiles.tile_sum, None)
+    kept = tiles.tile_ref.clone()
+    merge_tiles(tiles.tile_ref, tiles.tile_sum, options["temperature"])
+    assert torch.equal(kept, tiles.tile_ref)
+    for now, then in zip([logits, *options.values()], before, strict=True):
+        assert torch.equal(now.nan_to_num(nan=0.5), then.nan_to_num(nan=0.5))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("full", [False, True])
+def test_opcheck(full, dtype, device):
+    logits = torch.randn(3, 2100, device=device).to(dtype)
+    options = {}
+    if full:
+        options = {**combinations(2100, 3)[6], "renormalize": True, "mass": True}
+        options = {name: v.to(device) if isinstance(v, torch.Tensor) else v for name, v in options.items()}
+    torch.library.opcheck(torch.ops.flashbeam.summarize, (logits, 2090, *arguments(options)))
+    tiles = summarize_op(logits, 2090, *arguments(options))
+    torch.library.opcheck(torch.ops.flashbeam.row_lse, (tiles[2], tiles[3], options.get("temperature")))
+
+
+@pytest.mark.parametrize("normalize", ["vocab", "allowed"])
+def test_compiles_without_graph_break(normalize, device):
+    def step(logits, bitmask, temperature):
+        summary = summarize(logits * 2, bitmask=bitmask, temperature=temperature, normalize=normalize, mass=True)
+        return *summary.tiles, summary.lse, summary.flags
+
+    logits, bits = torch.randn(3, 2100, device=device), random_bits(3, 2100).to(device)
+    temperature = torch.rand(3, device=device) + 0.5
+    backend = "inductor" if device == "cuda" else "aot_eager"
+    got = torch.compile(step, fullgraph=True, backend=backend)(logits, bits, temperature)
+    for field, want in zip(got, step(logits, bits, temperature), strict=True):
+        assert torch.equal(field, want)
+
+
+@needs_gpu
+def test_cuda_graph_replay_reads_new_inputs():
+    logits, bits = torch.randn(4, 5000, device="cuda"), random_bits(4, 5000).to("cuda")
+    temperature, active = torch.rand(4, device="cuda") + 0.5, torch.ones(4, dtype=torch.bool, device="cuda")
+
+    def step():
+        return summarize(logits, bitmask=bits, temperature=temperature, active=active, mass=True)
+
+    step()  # compiled and loaded outside the capture
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = step()
+    logits.normal_()
+    bits.bitwise_not_()
+    temperature.add_(1.0)
+    active[2] = False
+    graph.replay()
+    want = step()
+    for field, wanted in zip((*got.tiles, got.lse, got.flags), (*want.tiles, want.lse, want.flags), strict=True):
+        assert torch.equal(field, wanted)
+
+
+def zeros(*shape, dtype=torch.float32, device="cpu"):
+    return torch.zeros(shape, dtype=dtype, device=device)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: summarize([1.0]), TypeError, "logits: expected a tensor, got list"),
+        (
+            lambda: summarize(zeros(2, 3, dtype=torch.float64)),
+            TypeError,
+            "logits: expected float32 or float16 or bfloat16, got float64",
+        ),
+        (lambda: summarize(zeros(3)), ValueError, "logits: expected shape [R, V], got [3]"),
+        (lambda: summarize(zeros(2, 0)), ValueError, "logits: expected at least one column, got shape [2, 0]"),
+        (
+            lambda: summarize(zeros(3, 2).t()),
+            ValueError,
+            "logits: expected unit stride in the last dimension, got strides (1, 2)",
+        ),
+        (
+            lambda: summarize(zeros(2, 3), vocab_size=4),
+            ValueError,
+            "vocab_size: expected an int in [1, 3], got 4",
+        ),
+        (lambda: summarize(zeros(2, 3), vocab_size=0), ValueError, "vocab_size: expected an int in [1, 3], got 0"),
+        (lambda: summarize(zeros(2, 3), vocab_size=1.5), TypeError, "vocab_size: expected an int in [1, 3], got float"),
+        (lambda: summarize(zeros(2, 3), bitmask=zeros(2, 1)), TypeError, "bitmask: expected int32, got float32"),
+        (
+            lambda: summarize(zeros(2, 33), bitmask=zeros(2, 1, dtype=torch.int32)),
+            ValueError,
+            "bitmask: expected shape [R, ceil(V / 32)] = [2, 2], got [2, 1]",
+        ),
+        (
+            lambda: summarize(zeros(2, 33), bitmask=zeros(2, 2, dtype=torch.int32).t().contiguous().t()),
+            ValueError,
+            "bitmask: expected unit stride in the last dimension, got strides (1, 2)",
+        ),
+        (
+            lambda: summarize(zeros(2, 3), temperature=zeros(2, dtype=torch.float64)),
+            TypeError,
+            "temperature: expected float32, got float64",
+        ),
+        (
+            lambda: summarize(zeros(2, 3), temperature=zeros(3)),
+            ValueError,
+            "temperature: expected shape [R] = [2], got [3]",
+        ),
+        (lambda: summarize(zeros(2, 3), active=zeros(2)), TypeError, "active: expected bool, got float32"),
+        (
+            lambda: summarize(zeros(2, 3), active=zeros(3, dtype=torch.bool)),
+            ValueError,
+            "active: expected shape [R] = [2], got [3]",
+        ),
+        (lambda: summarize(zeros(2, 3), exclude=zeros(1)), TypeError, "exclude: expected int64, got float32"),
+        (
+            lambda: summarize(zeros(2, 3), exclude=zeros(dtype=torch.int64)),
+            ValueError,
+            "exclude: expected shape [n], got []",
+        ),
+        (
+            lambda: summarize(zeros(2, 3), exclude=zeros(1, dtype=torch.int64, device="meta")),
+            ValueError,
+            "exclude: expected all tensors on one device, got logits on cpu, exclude on meta",
+        ),
+        (
+            lambda: summarize(zeros(2, 3), temperature=zeros(2, device="meta")),
+            ValueError,
+            "temperature: expected all tensors on one device, got logits on cpu, temperature on meta",
+        ),
+        (
+            lambda: summarize(zeros(2, 3), normalize="all"),
+            ValueError,
+            "normalize: expected 'vocab' or 'allowed', got 'all'",
+        ),
+    ],
+)
+def test_rejects_bad_arguments(call, error, message):
+    with pytest.raises(error) as caught:
+        call()
+    assert str(caught.value) == message
