@@ -1,5 +1,4 @@
 # Each target works from a bare checkout: it first creates .venv and installs what constraints.txt names.
-# Without a GPU, torch's small CPU build: make test PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
 
 PYTHON ?= python3
 PROMPT ?=

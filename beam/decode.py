@@ -32,8 +32,9 @@ def decode(
 
     Args:
         search: the settings.
-        model: ``model(tokens, cache) -> (logits, cache)``; logits ``[B, V]`` on the first call, for ``tokens`` as given
-            here, then ``[B * K, V]`` for int64 tokens ``[B * K]``. The cache it returns is reordered before the next call.
+        model: ``model(tokens, cache) -> (logits, cache)``; logits ``[B, V]`` on the first call, for ``tokens`` as
+            given here, then ``[B * K, V]`` for int64 tokens ``[B * K]``. The cache it returns is reordered before
+            the next call.
         tokens: ``[B, ...]``, what the model is run on first.
         cache: any nest of tensors with rows first.
         num_hypotheses: N; default ``beam_size``.

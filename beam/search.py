@@ -11,7 +11,7 @@ from flashbeam.kernels import History, Limits, Pool, Requests, Slots, advance_in
 
 from .arguments import PerRequest, positive_number, token_ids, whole_number
 from .cache import reorder
-from .checks import as_bitmask, as_rows, as_request_ids
+from .checks import as_bitmask, as_request_ids, as_rows
 from .constraint import Constraint
 from .hypotheses import Hypotheses, collect
 from .scoring import Scoring, as_scoring, norm_tables
@@ -40,8 +40,8 @@ class BeamSearch:
         eos_id: the token that ends a hypothesis, a list of such tokens, or ``None`` if none does.
         pad_id: the token that fills what is not used; inside the vocabulary.
         min_length: fewest tokens a finished hypothesis may have, EOS included [B].
-        length_penalty: ``score = log_prob / length ** length_penalty``; 0 ranks by log-probability; or ``fb.GNMT(alpha)``
-            [B].
+        length_penalty: ``score = log_prob / length ** length_penalty``; 0 ranks by log-probability; or
+            ``fb.GNMT(alpha)`` [B].
         stopping: ``fb.FirstFinished()``, ``fb.Patience(p)``, ``fb.Exact()`` or ``fb.Exhausted()``. In place, a request
             ends when every slot has ended, whichever of these but another patience is given.
         finished: ``"pool"``: a finished hypothesis leaves the beam; ``"in_place"``: it stays in its slot and competes;
@@ -98,7 +98,7 @@ class BeamSearch:
         self.finished = self.selection.regimes[0] if finished is None else finished
         if self.finished == "in_place" and isinstance(self.stopping, Patience) and self.stopping.p != 1:
             raise ValueError(
-                f"stopping: expected a rule that lets every slot end, as finished='in_place' does, got {self.stopping!r}"
+                f"stopping: expected a rule that lets every slot end, for finished='in_place', got {self.stopping!r}"
             )
         batch_sizes = {argument.name: len(argument.values) for argument in self._per_request() if not argument.shared}
         if len(set(batch_sizes.values())) > 1:

@@ -2,7 +2,7 @@
 
 Frozen hypotheses, EOS candidates and the other candidates of a request are ranked together by score, that is
 ``log_prob / length_norm[length]``; the K best have the slots. A request ends when every slot has ended, at
-``max_length``, or when nothing is left. One program owns a request; what it reads and writes does not grow with the step.
+``max_length``, or when nothing is left. One program owns a request; its work does not grow with the step.
 """
 
 import torch

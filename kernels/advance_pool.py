@@ -1,9 +1,9 @@
 """One step's bookkeeping where finished hypotheses leave the beam for a pool.
 
 Among the K best candidates of a request, EOS candidates included, those that end with EOS enter the pool; the K best
-others live on. The pool keeps the best K by score, or, for a patience rule, all in order of arrival. A request ends when
-its rule says so, at ``max_length`` (where the K best candidates of the step are hypotheses, ended or not), or when
-nothing is left to expand. One program owns a request; what it reads and writes does not grow with the step.
+others live on. The pool keeps the best K by score, or, for a patience rule, all in order of arrival. A request ends
+when its rule says so, at ``max_length`` (where the K best candidates of the step are hypotheses, ended or not), or when
+nothing is left to expand. One program owns a request; its work does not grow with the step.
 """
 
 import torch

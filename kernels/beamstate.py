@@ -1,7 +1,7 @@
 """The tensors a search keeps on the device, and how candidates that end are told from those that live on.
 
 Everything is preallocated; one decode step writes it in place. K slots, T steps, F places in the pool of finished
-hypotheses, ``T + 1`` lengths. A hypothesis is a path through the history: (token, parent) at each step, no prefix copied.
+hypotheses, ``T + 1`` lengths. A hypothesis is a path through the history of (token, parent): no prefix is copied.
 """
 
 from typing import NamedTuple

@@ -1,6 +1,6 @@
 """The only error texts about arguments: ``<argument>: expected X, got Y``.
 
-All checks read metadata only (shape, dtype, stride, device), so they never synchronise and vanish under ``torch.compile``.
+All checks read metadata only (shape, dtype, stride, device): they never synchronise, and vanish when compiled.
 """
 
 from collections.abc import Sequence
@@ -56,7 +56,8 @@ def check_same_device(**tensors: Tensor | None) -> None:
     for name, tensor in present.items():
         if tensor.device != reference.device:
             raise ValueError(
-                f"{name}: expected all tensors on one device, got {first} on {reference.device}, {name} on {tensor.device}"
+                f"{name}: expected all tensors on one device, "
+                f"got {first} on {reference.device}, {name} on {tensor.device}"
             )
 
 

@@ -1,8 +1,8 @@
 """Order-preserving keys of candidates, and what every operation on candidates shares.
 
 The total order is (score descending, parent ascending, adjusted logit descending, token ascending). Its keys are two
-int64, to be sorted descending: ``(score, parent)`` and ``(adjusted logit, token)``, each an order-preserving float above
-an inverted index. The jit side is kernels/triton/keys.py.
+int64, to be sorted descending: ``(score, parent)`` and ``(adjusted logit, token)``, each an order-preserving float
+above an inverted index. The jit side is kernels/triton/keys.py.
 """
 
 import torch

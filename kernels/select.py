@@ -184,8 +184,9 @@ def _fake_select(
 
 
 _select_op = register(
-    "select(Tensor logits, Tensor log_probs, Tensor group_max, Tensor tile_max, Tensor lse, SymInt vocab_size, SymInt k, "
-    "Tensor? bitmask, Tensor? temperature, Tensor? exclude, Tensor? divisor) -> (Tensor, Tensor, Tensor, Tensor)",
+    "select(Tensor logits, Tensor log_probs, Tensor group_max, Tensor tile_max, Tensor lse, SymInt vocab_size, "
+    "SymInt k, Tensor? bitmask, Tensor? temperature, Tensor? exclude, Tensor? divisor) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
     _select,
     _fake_select,
     "select",
@@ -263,5 +264,7 @@ def top_candidates(
         rows, vocab_size, bitmask, temperature, active, exclude, renormalize, False
     )
     lse, flags = row_lse_op(tile_ref, tile_sum, temperature)
-    best = _select_op(rows, log_probs, group_max, tile_max, lse, vocab_size, k, bitmask, temperature, exclude, divisor)
+    best: tuple[Tensor, Tensor, Tensor, Tensor] = _select_op(
+        rows, log_probs, group_max, tile_max, lse, vocab_size, k, bitmask, temperature, exclude, divisor
+    )
     return Candidates(*best, lse, flags)

@@ -12,8 +12,9 @@ and, when asked, ``group_mass``, each group's sum of exponentials relative to it
 that may be chosen (in ``vocab_size``, allowed by the bitmask, not excluded); the normaliser runs over all of
 ``vocab_size``, or over what the bitmask allows if ``renormalize``. A token outside both never reaches arithmetic.
 
-NaN counts as ``-inf``; a tile that held one has the sign of its ``tile_sum`` set, so the streaming loop pays nothing for
-the report. The tiles, and the order in which they are reduced, depend on V alone: a row's bits do not depend on its batch.
+NaN counts as ``-inf``; a tile that held one has the sign of its ``tile_sum`` set, so the streaming loop pays nothing
+for the report. The tiles, and the order in which they are reduced, depend on V alone: a row's bits do not depend on
+its batch.
 
 Traffic: V logits read and V / 32 maxima written per row; on CPU a block of tiles is read from memory once and its
 exponentials are taken while it is in cache.
@@ -101,7 +102,7 @@ class _Pass:
         return work.sum(dim) if dim == 2 else flat.view(*x.shape[:2], -1).sum(-1)
 
     def block(self, x: Tensor, allowed: Tensor | None, rows: slice, tiles: slice) -> None:
-        """Summarise ``x [n, t, r, 64]``, the tiles ``tiles`` of rows ``rows``; ``allowed`` is bool of the same shape."""
+        """Summarise ``x [n, t, r, 64]``, ``tiles`` of ``rows``; ``allowed`` is bool of the same shape."""
         candidates = x if allowed is None else x.masked_fill(~allowed, -torch.inf)
         if self.renormalize:
             x = candidates
@@ -235,8 +236,8 @@ def _fake_summarize(
 
 
 summarize_op = register(
-    "summarize(Tensor logits, SymInt vocab_size, Tensor? bitmask, Tensor? temperature, Tensor? active, Tensor? exclude, "
-    "bool renormalize, bool mass) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "summarize(Tensor logits, SymInt vocab_size, Tensor? bitmask, Tensor? temperature, Tensor? active, "
+    "Tensor? exclude, bool renormalize, bool mass) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _summarize,
     _fake_summarize,
     "summary",

@@ -62,8 +62,8 @@ def select_beams(
         vocab_size: columns from here on are padding and never read.
 
     Returns:
-        :class:`Selected`: log_probs ``[B, k]`` float32 best first, ``-inf`` where invalid; parents and tokens ``[B, k]``
-        int64, 0 where invalid; valid ``[B, k]`` bool.
+        :class:`Selected`: log_probs ``[B, k]`` float32 best first, ``-inf`` where invalid; parents and tokens
+        ``[B, k]`` int64, 0 where invalid; valid ``[B, k]`` bool.
 
     Numerics: a request's result is bitwise the same in any batch; see docs/numerics.md.
 

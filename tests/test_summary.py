@@ -198,7 +198,9 @@ def adversarial_rows(vocab_size, dtype=torch.float32):
 
 
 @BOTH
-@pytest.mark.parametrize(("vocab_size", "dtype"), [*((v, torch.float32) for v in SIZES[:-1]), *((2049, d) for d in DTYPES[1:])])
+@pytest.mark.parametrize(
+    ("vocab_size", "dtype"), [*((v, torch.float32) for v in SIZES[:-1]), *((2049, d) for d in DTYPES[1:])]
+)
 def test_adversarial_rows(vocab_size, dtype, tiles_by, device):
     logits = adversarial_rows(vocab_size, dtype)
     check(tiles_by, logits, vocab_size, device, mass=True)
@@ -215,18 +217,15 @@ def test_small_temperature(tiles_by, device):
     check(tiles_by, logits, 2100, device, temperature=cold, mass=True)
 
 
+@BOTH
 @pytest.mark.parametrize(
-    "tiles_by",
-    [
-        by_definition,
-        pytest.param(by_kernel, marks=pytest.mark.xfail(strict=True, reason="0 * inf in _sum_exp2: tile_sum is NaN")),
-    ],
+    ("top", "temperature"), [(3e38, 1.0), (-3e38, 1.0), (1e10, 1.0), (60000.0, 1e-6), (20.0, 1e-8)]
 )
-@pytest.mark.parametrize(("top", "temperature"), [(3e38, 1.0), (1e10, 1.0), (20.0, 1e-8), (-3e38, 1.0)])
-def test_logits_so_large_that_their_scale_rounds(top, temperature, tiles_by, device):
-    """Beyond 2**31 / temperature the rounding error of ``ref * scale`` is itself beyond the range of exp2."""
-    logits = torch.linspace(1.0, 1.7, 70).mul(abs(top) / 2).neg().add(top)[None].clamp(min=-3.4e38)
-    check(tiles_by, logits, 70, device, temperature=torch.tensor([temperature]))
+def test_scaled_logits_beyond_2_31(top, temperature, tiles_by, device):
+    """There the rounding error of ``ref * scale`` alone is beyond what exp2 can take."""
+    tops = top * (1 - torch.rand(16, 1) / 4)
+    logits = torch.cat([tops, tops - abs(top) * torch.rand(16, 69) / 8, tops - 40 * temperature], 1)
+    check(tiles_by, logits, 71, device, temperature=torch.full((16,), temperature), mass=True)
 
 
 @BOTH
@@ -239,13 +238,7 @@ def test_row_without_allowed_token_has_no_candidates_and_no_mass(tiles_by, devic
     assert lse.tolist() == [-INF, -INF] and flags.tolist() == [0, 0]
 
 
-@pytest.mark.parametrize(
-    "tiles_by",
-    [
-        pytest.param(by_definition, marks=pytest.mark.xfail(strict=True, reason="_exclude_tokens leaves group_mass")),
-        by_kernel,
-    ],
-)
+@BOTH
 def test_mass_leaves_excluded_tokens_out(tiles_by, device):
     check(tiles_by, torch.randn(2, 100), 100, device, mass=True, exclude=torch.tensor([3, 40]))
 
@@ -350,6 +343,7 @@ def test_public_function_and_its_equivalents(device):
     lse = (logits / temperature[:, None]).logsumexp(-1)
     assert torch.allclose(summary.lse, lse, atol=2e-6)
     assert torch.equal(summary.flags, torch.zeros(3, dtype=torch.int32, device=device))
+    assert torch.equal(summary.tiles.tile_ref, summary.tiles.tile_max)
     assert torch.equal(summary.tiles.group_max[1, 2, 5], logits[1, 4096 + 5 : 5000 : 64].amax())
     assert summary.tiles.group_mass.shape == (3, 0, 64)
     assert torch.equal(summarize(logits, vocab_size=64).tiles.tile_max[:, 0], logits[:, :64].amax(-1))
@@ -366,8 +360,8 @@ def everything(tiles, temperature):
     return [*tiles, *merge_tiles(tiles.tile_ref, tiles.tile_sum, temperature)]
 
 
-def check_rows_alone(tiles_by, vocab_size, device, batches, **options):
-    """Each tested row has one set of bits: alone, and at any place of any batch, inactive neighbours or not."""
+def check_rows_alone(tiles_by, vocab_size, device, batches, *options):
+    """A row has one set of bits: alone, and at any place of any batch, inactive neighbours or not."""
     rows = max(batches)
     logits = torch.randn(rows, vocab_size) * 5
     bits, temperature = random_bits(rows, vocab_size, 0.9), torch.rand(rows) + 0.5
@@ -383,17 +377,16 @@ def check_rows_alone(tiles_by, vocab_size, device, batches, **options):
             return everything(tiles, chosen.get("temperature"))
         return [*tiles, *lse_by_kernel(tiles.tile_ref, tiles.tile_sum, chosen.get("temperature"), device)]
 
-    tested = [0, rows // 2, rows - 1]
-    alone = {row: run(torch.tensor([row])) for row in tested}
+    row = rows // 2
+    alone = run(torch.tensor([row]))
     for batch in batches:
-        for row in tested:
-            for place in {0, batch // 3, batch - 1}:
-                index = torch.randperm(rows)[:batch]
-                index[place] = row
-                active = torch.rand(batch) < 0.5
-                active[place] = True
-                for field, want in zip(run(index, active if row == 0 else None), alone[row], strict=True):
-                    assert torch.equal(field[place], want[0])
+        for place in (0, batch - 1, batch // 3):
+            index = torch.randperm(rows)[:batch]
+            index[place] = row
+            active = torch.rand(batch) < 0.5
+            active[place] = True
+            for field, want in zip(run(index, active if place else None), alone, strict=True):
+                assert torch.equal(field[place], want[0])
 
 
 # blocks of the definition end at 128 tiles: a row of many blocks, rows that share one, tails of every kind
@@ -403,8 +396,8 @@ def test_definition_is_batch_invariant_bitwise(vocab_size):
         torch.manual_seed(vocab_size)
         torch.set_num_threads(threads)
         batches = [2, 7, 64] if vocab_size <= 5000 else [2, 7]
-        check_rows_alone(by_definition, vocab_size, "cpu", batches, bitmask=True)
-        check_rows_alone(by_definition, vocab_size, "cpu", batches, temperature=True)
+        check_rows_alone(by_definition, vocab_size, "cpu", batches)
+        check_rows_alone(by_definition, vocab_size, "cpu", batches[-1:], "bitmask", "temperature")
 
 
 def test_definition_is_bitwise_the_same_with_any_number_of_threads():
@@ -418,8 +411,8 @@ def test_definition_is_bitwise_the_same_with_any_number_of_threads():
 
 
 def test_kernel_is_batch_invariant_bitwise(device):
-    check_rows_alone(by_kernel, 65, device, [2, 7], bitmask=True)
-    check_rows_alone(by_kernel, 2100, device, [7], temperature=True)
+    check_rows_alone(by_kernel, 65, device, [2, 7], "bitmask")
+    check_rows_alone(by_kernel, 2100, device, [2], "temperature")
     many = torch.randn(64, 70)
     want, got = by_kernel(many[40:41], 70, device), by_kernel(many, 70, device)
     for field, alone in zip(got, want, strict=True):
@@ -468,10 +461,10 @@ def test_input_not_modified(tiles_by, device):
     options = combinations(2100, len(logits))[6]
     before = [logits.clone(), *(value.clone() for value in options.values())]
     tiles = tiles_by(logits, 2100, device, **options)
-    merge_tiles(tiles.tile_ref, tiles.tile_sum, None)
-    kept = tiles.tile_ref.clone()
+    kept = tiles.tile_ref.clone(), tiles.tile_sum.clone()
     merge_tiles(tiles.tile_ref, tiles.tile_sum, options["temperature"])
-    assert torch.equal(kept, tiles.tile_ref)
+    lse_by_kernel(tiles.tile_ref, tiles.tile_sum, options["temperature"], device)
+    assert torch.equal(kept[0], tiles.tile_ref) and torch.equal(kept[1], tiles.tile_sum)
     for now, then in zip([logits, *options.values()], before, strict=True):
         assert torch.equal(now.nan_to_num(nan=0.5), then.nan_to_num(nan=0.5))
 
@@ -484,8 +477,8 @@ def test_opcheck(full, dtype, device):
     if full:
         options = {**combinations(2100, 3)[6], "renormalize": True, "mass": True}
         options = {name: v.to(device) if isinstance(v, torch.Tensor) else v for name, v in options.items()}
-    torch.library.opcheck(torch.ops.flashbeam.summarize, (logits, 2090, *arguments(options)))
-    tiles = summarize_op(logits, 2090, *arguments(options))
+    torch.library.opcheck(torch.ops.flashbeam.summarize, (logits, 2100, *arguments(options)))
+    tiles = summarize_op(logits, 2100, *arguments(options))
     torch.library.opcheck(torch.ops.flashbeam.row_lse, (tiles[2], tiles[3], options.get("temperature")))
 
 

@@ -111,21 +111,21 @@ def _advance_pool_kernel(
     best_adjusted_ptr,  # *f32 [B, K]
     lse_ptr,  # *f32 [B * P]
     row_flags_ptr,  # *i32 [B * P]
-    # state: Slots
+    # Slots, modified
     log_probs_ptr,
     lengths_ptr,
     ranks_ptr,
     ended_ptr,
     active_ptr,
-    # state: Requests
+    # Requests, modified
     done_ptr,
     flags_ptr,
     steps_ptr,
-    # state: History
+    # History, modified
     history_tokens_ptr,
     history_parents_ptr,
     history_increments_ptr,
-    # state: Pool
+    # Pool, modified
     pool_scores_ptr,
     pool_log_probs_ptr,
     pool_increments_ptr,
@@ -140,7 +140,7 @@ def _advance_pool_kernel(
     quota_ptr,
     length_norm_ptr,
     bound_norm_ptr,
-    # outputs: Moves
+    # Moves, the outputs
     out_tokens_ptr,
     out_parents_ptr,
     out_rows_ptr,

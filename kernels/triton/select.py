@@ -1,8 +1,8 @@
 """Tiles to groups to elements: one program decides one request.
 
 Each narrowing writes the keys of its candidates to scratch memory, finds the key of the last one to keep by radix
-selection (eight bits at a time, as many digits as it takes to tell the candidates apart), and compacts in order. Scratch
-is read by other threads of the same program only, behind a barrier.
+selection (eight bits at a time, as many digits as it takes to tell the candidates apart), and compacts in order.
+Scratch is read by other threads of the same program only, behind a barrier.
 """
 
 import torch

@@ -4,7 +4,6 @@ One warp owns a tile at a time and keeps all of it in registers, so a tile needs
 maxima are reduced inside a lane, then over the few lanes that hold the same columns.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
