@@ -12,9 +12,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from .kernels.checks import check_dtype, check_shape
-from .kernels.reorder import check_reorder
-from .kernels.reorder import reorder as reorder_rows
+from flashbeam.kernels import check_reorder
+from flashbeam.kernels import reorder as reorder_rows
 
 Nest = TypeVar("Nest")
 _PLAIN = (type(None), str, bytes, numbers.Number, enum.Enum, torch.dtype, torch.device)
@@ -127,8 +126,6 @@ def reorder(
         ValueError: shapes, devices, strides or structures differ from the above. Nothing has been written then.
         TypeError: a dtype or type differs from the above. Nothing has been written then.
     """
-    check_dtype("source_rows", source_rows, torch.int64, torch.int32)
-    check_shape("source_rows", source_rows, "[R_out]", None)
     leaves = list(_leaves(cache, "cache"))
     buffers: list[tuple[str, Any]] = [("", None)] * len(leaves)
     if out is not None:

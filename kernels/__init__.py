@@ -9,7 +9,7 @@ from .beamstate import FLAG_DEAD_END, History, Limits, Moves, Pool, Requests, Sl
 from .bitmask import apply_bitmask_, pack_bitmask, unpack_bitmask
 from .history import backtrace, trace_slots, update_ancestry
 from .lse import FLAG_INF, FLAG_NAN
-from .reorder import reorder
+from .reorder import check_reorder, reorder
 from .select import Candidates, top_candidates
 from .summary import Summary, Tiles, summarize
 from .topk import Selected, TopK, select_beams, topk_log_probs
@@ -33,6 +33,7 @@ __all__ = [
     "advance_pool_",
     "apply_bitmask_",
     "backtrace",
+    "check_reorder",
     "pack_bitmask",
     "reorder",
     "select_beams",

@@ -163,7 +163,7 @@ X, Y = torch.randn(4, 3), torch.randn(4, 2)
     [
         ({"source_rows": [0]}, TypeError, "source_rows: expected a tensor, got list"),
         ({"source_rows": ROWS.bool()}, TypeError, "source_rows: expected int64 or int32, got bool"),
-        ({"source_rows": ROWS[:, None], "cache": []}, ValueError, "source_rows: expected shape [R_out], got [4, 1]"),
+        ({"source_rows": ROWS[:, None]}, ValueError, "source_rows: expected shape [R_out], got [4, 1]"),
         (
             {"cache": [Layer(torch.tensor(1.0))]},
             ValueError,

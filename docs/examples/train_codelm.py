@@ -17,9 +17,10 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
 from code_corpus import read_corpus
 from codelm import EOS_ID, PIECE, WEIGHTS, CodeLM, Config, Tokenizer, load, save
-from torch import Tensor
 
 CONFIG = Config(vocab_size=2048, width=160, layers=4, heads=4, hidden=432)
 CONTEXT = 256  # tokens

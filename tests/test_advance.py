@@ -1,0 +1,373 @@
+"""The bookkeeping of a step: kernels against their torch definitions over whole searches, every tensor of the state."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from torch.utils import _pytree as pytree
+
+import flashbeam as fb
+from flashbeam.kernels import advance_in_place, advance_pool, pack_bitmask, select
+from flashbeam.kernels.triton.advance_in_place import launch_advance_in_place_
+from flashbeam.kernels.triton.advance_pool import launch_advance_pool_
+from flashbeam.kernels.triton.lse import launch_row_lse
+from flashbeam.kernels.triton.select import launch_select
+from flashbeam.kernels.triton.summary import launch_summarize
+from oracles import TableLM
+from test_summary import far_apart
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+# infinities are meant; numpy, which the interpreter computes with, warns of log(0)
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
+
+INF, NAN = float("inf"), float("nan")
+DEFINITIONS = {"pool": advance_pool._op, "in_place": advance_in_place._op}
+LAUNCHERS = {"pool": launch_advance_pool_, "in_place": launch_advance_in_place_}
+MODULES = {"pool": advance_pool, "in_place": advance_in_place}
+REGIMES = ["pool", "in_place"]
+RULES = [fb.FirstFinished(), fb.Exact(), fb.Exhausted(), fb.Patience(0.5), fb.Patience(2.0)]
+SETTINGS = [(regime, rule) for regime in REGIMES for rule in (RULES if regime == "pool" else RULES[:3])]
+
+
+@pytest.fixture(autouse=True)
+def _threads():
+    """Tiny tensors: threads cost more than they give."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def plain(arguments):
+    """Arguments as the schema has them: lists, not named tuples, and copies of every tensor."""
+    return [
+        [t.clone() for t in a] if isinstance(a, (tuple, list)) else a.clone() if isinstance(a, torch.Tensor) else a
+        for a in arguments
+    ]
+
+
+class Compared:
+    """Stands in for an operation: runs definition and kernel on the same tensors, and compares all of them after."""
+
+    def __init__(self, regime, device):
+        self.regime, self.device, self.steps = regime, device, 0
+
+    def __call__(self, *arguments):
+        copies = pytree.tree_map_only(torch.Tensor, lambda t: t.to(self.device), plain(arguments))
+        want = DEFINITIONS[self.regime](*arguments)
+        got = LAUNCHERS[self.regime](*copies)
+        for field, wanted, name in zip(got, want, ("tokens", "parents", "source_rows", "valid"), strict=True):
+            assert field.dtype == wanted.dtype and torch.equal(field.cpu(), wanted), name
+        for i, (given, copy) in enumerate(zip(arguments, copies, strict=True)):
+            tensors = list(given) if isinstance(given, (tuple, list)) else [given]
+            for j, (t, u) in enumerate(zip(tensors, copy if isinstance(copy, list) else [copy], strict=True)):
+                same = torch.equal(t.nan_to_num(nan=0.5), u.cpu().nan_to_num(nan=0.5)) if torch.is_tensor(t) else t == u
+                names = getattr(given, "_fields", None)
+                assert same, (i, names[j] if names else j)
+        self.steps += 1
+        return want
+
+
+@pytest.fixture
+def compared(monkeypatch, device):
+    """Every step taken on the CPU is taken by both, wherever the kernel runs."""
+    checkers = {regime: Compared(regime, device) for regime in REGIMES}
+    for regime, module in MODULES.items():
+        monkeypatch.setattr(module, "_op", checkers[regime])
+    return checkers
+
+
+def random_logits(rng, rows, vocab_size):
+    """Faults and ties as often as plain rows."""
+    logits = torch.randn(rows, vocab_size) * 2
+    if rng.random() < 0.5:
+        logits = logits.round()
+    for fault in (NAN, -INF, INF):
+        if rng.random() < 0.2:
+            logits[rng.randrange(rows), rng.randrange(vocab_size)] = fault
+    if rng.random() < 0.2:
+        logits[rng.randrange(rows)] = -INF
+    return logits.to(rng.choice([torch.float32, torch.bfloat16]))
+
+
+def run_random_search(seed, regime, rule):
+    rng = random.Random(seed)
+    torch.manual_seed(seed)
+    vocab_size, lengths = rng.randint(4, 40), [rng.randint(1, 6), rng.randint(2, 6)]
+    search = fb.BeamSearch(
+        beam_size=[rng.randint(1, 5), rng.randint(1, 5)],
+        max_length=lengths,
+        min_length=[0, rng.randint(0, lengths[1])],
+        eos_id=[2, [1, 3], None, [3, 0, 2]][seed % 4],
+        stopping=rule,
+        finished=regime,
+        length_penalty=rng.choice([[0.0, 1.3], [fb.GNMT(0.6), -0.5], 1.0]),
+        temperature=rng.choice([1.0, [1.0, 0.7]]),
+        normalize=rng.choice(["vocab", "allowed"]),
+        pad_id=rng.randint(0, 3),
+    )
+    state, steps = search.init(2), 0
+    while True:
+        first_rows = steps == 0 and rng.random() < 0.6
+        logits = random_logits(rng, 2 if first_rows else 2 * state.beam_size, vocab_size)
+        mask = None
+        if rng.random() < 0.5:
+            mask = pack_bitmask(torch.rand(len(logits), vocab_size) < 0.7)
+        search.step(state, logits, mask)
+        steps += 1
+        if state.all_done():
+            break
+    search.step(state, random_logits(rng, 2 * state.beam_size, vocab_size))  # nothing changes once all is done
+    return steps + 1
+
+
+@pytest.mark.parametrize(("regime", "rule"), SETTINGS, ids=repr)
+def test_matches_reference(regime, rule, compared):
+    """Random searches: widths, lengths, EOS counts, penalties, masks, temperatures, faults, one or K first rows."""
+    steps = sum(run_random_search(seed, regime, rule) for seed in range(8))
+    assert compared[regime].steps == steps
+
+
+@pytest.mark.parametrize("regime", REGIMES)
+def test_wide_beam(regime, compared):
+    """Eight warps; blocks of 64 and of 128 slots, of which 70 are used; candidates in several blocks."""
+    search = fb.BeamSearch(70, 3, [1, 5], finished=regime, stopping=fb.Exhausted())
+    state = search.init(1)
+    for _ in range(3):
+        search.step(state, torch.randn(70, 40).round())
+    assert compared[regime].steps == 3 and state.all_done()
+
+
+@pytest.mark.parametrize("regime", REGIMES)
+def test_equal_candidates_keep_the_total_order(regime, compared):
+    """All logits equal: every EOS ties with every token, and every parent with every parent."""
+    for eos in (0, 9, [9, 4, 0]):
+        search = fb.BeamSearch([5, 3], 4, eos, finished=regime, stopping=fb.Exhausted(), length_penalty=0.0)
+        state = search.init(2)
+        while not state.all_done():
+            search.step(state, torch.zeros(10, 10))
+
+
+@pytest.mark.parametrize("eos_first", [True, False])
+def test_pool_takes_equal_scores_behind_what_it_holds(eos_first, compared):
+    """The same score again and again: the pool keeps the first that came."""
+    logits = torch.full((4, 8), -INF)
+    logits[:, 0 if eos_first else 7] = 0.0
+    logits[:, 3] = 0.0
+    search = fb.BeamSearch(4, 6, 0 if eos_first else 7, stopping=fb.Exhausted(), length_penalty=0.0)
+    state = search.init(1)
+    while not state.all_done():
+        search.step(state, logits)
+    held = state.pool.steps[state.pool.log_probs > -INF]
+    assert torch.equal(held, held.sort().values)
+
+
+@pytest.mark.parametrize("regime", REGIMES)
+def test_request_that_is_done_is_not_touched(regime, compared):
+    search = fb.BeamSearch(2, [1, 4], 3, finished=regime)
+    state = search.init(2)
+    search.step(state, torch.randn(2, 9))
+    before = state.clone()
+    moves = search.step(state, torch.randn(4, 9))
+    assert before.done.tolist() == [True, False]
+    for part in ("slots", "requests", "pool"):
+        for name, field in getattr(state, part)._asdict().items():
+            assert torch.equal(field[0], getattr(getattr(before, part), name)[0]), name
+    assert moves.tokens[0].tolist() == [0, 0] and moves.source_rows[:2].tolist() == [0, 1]
+    assert not moves.valid[0].any()
+
+
+@pytest.mark.parametrize("regime", REGIMES)
+@pytest.mark.parametrize("fault", [NAN, INF, -INF])
+def test_faults_are_flagged_in_their_own_request(fault, regime, compared):
+    search = fb.BeamSearch(2, 3, 3, finished=regime)
+    state = search.init(3)
+    logits = torch.randn(3, 9)
+    logits[1] = fault
+    search.step(state, logits)
+    flag = {"nan": fb.kernels.FLAG_NAN, "inf": fb.kernels.FLAG_INF, "-inf": 0}[str(fault)]
+    assert state.flags.tolist() == [0, flag | fb.kernels.FLAG_DEAD_END, 0]
+    assert state.done.tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("regime", REGIMES)
+def test_batch_invariant_bitwise(regime, compared):
+    """A request alone and as one of three; both ways of running are compared at each step."""
+    settings = {
+        "max_length": 4,
+        "eos_id": [1, 2],
+        "finished": regime,
+        "stopping": fb.Exhausted(),
+        "length_penalty": 0.7,
+    }
+    many, one = (fb.BeamSearch(3, **settings) for _ in range(2))
+    state, alone = many.init(3), one.init(1)
+    for _ in range(4):
+        logits = torch.randn(3, 3, 12)
+        moves, own = many.step(state, logits), one.step(alone, logits[1])
+        assert torch.equal(moves.tokens[1], own.tokens[0]) and torch.equal(moves.parents[1], own.parents[0])
+    for part in ("slots", "requests", "pool"):
+        for name, field in getattr(state, part)._asdict().items():
+            assert torch.equal(field[1], getattr(getattr(alone, part), name)[0]), name
+
+
+@pytest.mark.parametrize("regime", REGIMES)
+def test_strided_rows(regime, compared, monkeypatch):
+    """Only EOS columns are read, at the stride of the rows; the bitmask has its own."""
+    wide, bits = torch.full((8, 90), NAN), torch.zeros(8, 9, dtype=torch.int32)
+    logits, mask = wide[::2, 10:50], bits[1::2, 4:6]
+    search = fb.BeamSearch(4, 3, [3, 39], finished=regime)
+    state, dense = search.init(1), search.init(1)
+    plainly = DEFINITIONS[regime]
+    for _ in range(3):
+        logits.copy_(torch.randn(4, 40))
+        mask.copy_(pack_bitmask(torch.rand(4, 40) < 0.7))
+        moves = search.step(state, logits, mask)
+        with monkeypatch.context() as patch:
+            patch.setattr(MODULES[regime], "_op", plainly)
+            want = search.step(dense, logits.contiguous(), mask.contiguous())
+        for field, wanted in zip(moves, want, strict=True):
+            assert torch.equal(field, wanted)
+    assert (mask.stride(0), logits.stride(0)) == (18, 180)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the trick is a CPU's; on a GPU the memory would be real")
+@pytest.mark.parametrize("regime", REGIMES)
+def test_rows_beyond_2_31_elements(regime, monkeypatch):
+    """The stride itself fits int32, so only the casts of row and parent keep the products from wrapping."""
+    logits, bits = far_apart(6, 40, 2**29 + 8), far_apart(6, 2, 2**29 + 8, torch.int32)
+    near = torch.randn(6, 40).bfloat16()
+    mask = pack_bitmask(torch.rand(6, 40) < 0.9)
+    logits.copy_(near)
+    bits.copy_(mask)
+    seen = []
+    # a copy to compare with would be dense, so the kernel steps one state and the definition another
+    for op, x, allowed in ((LAUNCHERS[regime], logits, bits), (DEFINITIONS[regime], near, mask)):
+        monkeypatch.setattr(MODULES[regime], "_op", op)
+        for batch in (1, 2):
+            search = fb.BeamSearch(6 // batch, 3, [3, 39], finished=regime)
+            state = search.init(batch)
+            for _ in range(2):
+                seen.append(search.step(state, x, allowed))
+    for moves, want in zip(seen[:4], seen[4:], strict=True):
+        for field, wanted in zip(moves, want, strict=True):
+            assert torch.equal(field, wanted)
+
+
+@pytest.mark.parametrize("regime", REGIMES)
+def test_input_not_modified(regime, compared):
+    search = fb.BeamSearch(3, 4, [1, 2], finished=regime, temperature=0.7)
+    state = search.init(2)
+    limits = [field.clone() for field in state.limits]
+    for _ in range(4):
+        logits, mask = torch.randn(6, 40), pack_bitmask(torch.rand(6, 40) < 0.7)
+        before = logits.clone(), mask.clone()
+        search.step(state, logits, mask)
+        assert torch.equal(logits, before[0]) and torch.equal(mask, before[1])
+    for field, then in zip(state.limits, limits, strict=True):
+        assert torch.equal(field, then)
+
+
+def everything_by_kernels(monkeypatch):
+    monkeypatch.setattr(select, "summarize_op", launch_summarize)
+    monkeypatch.setattr(select, "row_lse_op", launch_row_lse)
+    monkeypatch.setattr(select, "_select_op", launch_select)
+    for regime, module in MODULES.items():
+        monkeypatch.setattr(module, "_op", LAUNCHERS[regime])
+
+
+@pytest.mark.parametrize("regime", REGIMES)
+def test_search_through_all_kernels_equals_the_search_through_torch(regime, device, monkeypatch):
+    """Log-sum-exps may differ by ulps, so the scores are close and the tokens equal."""
+    model = TableLM(70, seed=5, eos=[4], eos_bias=3.0)
+    search = fb.BeamSearch([3, 2], 5, 4, finished=regime, stopping=fb.Exact(), temperature=[1.0, 0.8], vocab_size=69)
+
+    def on(target):
+        def wrapped(tokens, cache):
+            logits, cache = model(tokens.cpu(), pytree.tree_map(torch.Tensor.cpu, cache))
+            return logits.to(target), pytree.tree_map(lambda t: t.to(target), cache)
+
+        return fb.decode(search, wrapped, torch.tensor([7, 8], device=target))
+
+    want = on("cpu")
+    if device == "cpu":
+        everything_by_kernels(monkeypatch)
+    got = on(device)
+    assert want.valid.any(1).all() and want.finished.any()
+    for name in ("tokens", "lengths", "valid", "finished"):
+        assert torch.equal(getattr(got, name).cpu(), getattr(want, name)), name
+    for name in ("scores", "log_probs", "token_log_probs"):
+        assert torch.allclose(getattr(got, name).cpu(), getattr(want, name), atol=1e-5), name
+
+
+def recorded(regime, monkeypatch, **options):
+    """The arguments of the operation at the second step of a search."""
+    seen = []
+    definition = DEFINITIONS[regime]
+
+    def record(*arguments):
+        seen.append(plain(arguments))
+        return definition(*arguments)
+
+    monkeypatch.setattr(MODULES[regime], "_op", record)
+    mask = options.pop("mask", None)
+    dtype = options.pop("dtype")
+    search = fb.BeamSearch(3, 5, finished=regime, **options)
+    state = search.init(2)
+    for _ in range(2):
+        search.step(state, torch.randn(6, 40).to(dtype), mask)
+    return seen[1]
+
+
+@pytest.mark.parametrize("regime", REGIMES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("full", [False, True])
+def test_opcheck(full, dtype, regime, device, monkeypatch):
+    """The mutated lists of tensors too: state is written, candidates and limits are not."""
+    options = {"eos_id": [1, 2], "temperature": 0.7, "mask": pack_bitmask(torch.rand(6, 40) < 0.7)} if full else {}
+    arguments = recorded(regime, monkeypatch, dtype=dtype, **options)
+    arguments = pytree.tree_map_only(torch.Tensor, lambda t: t.to(device), arguments)
+    torch.library.opcheck(DEFINITIONS[regime], tuple(arguments))
+    op = torch.ops.flashbeam.advance_pool_ if regime == "pool" else torch.ops.flashbeam.advance_in_place_
+    mutable = {a.name for a in op.default._schema.arguments if a.alias_info is not None and a.alias_info.is_write}
+    assert mutable == {"slots", "requests", "history"} | ({"pool"} if regime == "pool" else set())
+
+
+@pytest.mark.parametrize("regime", REGIMES)
+def test_compiles_without_graph_break(regime, device):
+    """A whole step, and no step but the first two is compiled anew."""
+    torch._dynamo.reset()
+    search = fb.BeamSearch(3, 6, [1, 2], finished=regime, temperature=0.7, stopping=fb.Exhausted())
+    step = torch.compile(search.step, fullgraph=True, backend="inductor" if device == "cuda" else "aot_eager")
+    state, want = search.init(2, device), search.init(2, device)
+    for t in range(6):
+        logits, mask = torch.randn(6, 40, device=device), pack_bitmask(torch.rand(6, 40, device=device) < 0.9)
+        with torch._dynamo.config.patch(error_on_recompile=t > 1):
+            moves = step(state, logits, mask)
+        for field, wanted in zip(moves, search.step(want, logits, mask), strict=True):
+            assert torch.equal(field, wanted)
+    for part in ("slots", "requests", "history", "pool"):
+        for name, field in getattr(state, part)._asdict().items():
+            assert torch.equal(field, getattr(getattr(want, part), name)), name
+
+
+@needs_gpu
+@pytest.mark.parametrize("regime", REGIMES)
+def test_cuda_graph_replay_reads_new_inputs(regime):
+    search = fb.BeamSearch(3, 6, [1, 2], finished=regime, stopping=fb.Exhausted())
+    state, logits = search.init(2, "cuda"), torch.randn(6, 40, device="cuda")
+    want = state.clone()
+    search.step(state.clone(), logits)  # compiled and loaded outside the capture
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        moves = search.step(state, logits)
+    for _ in range(6):
+        logits.normal_()
+        graph.replay()
+        for field, wanted in zip(moves, search.step(want, logits), strict=True):
+            assert torch.equal(field, wanted)
+    for part in ("slots", "requests", "history", "pool"):
+        for name, field in getattr(state, part)._asdict().items():
+            assert torch.equal(field, getattr(getattr(want, part), name)), name
