@@ -43,15 +43,17 @@ class Ratio(NamedTuple):
     high: float
 
 
-def interleave(cases: Mapping[str, Case], rounds: int, warmup: int = 2) -> dict[str, list[float]]:
+def interleave(
+    cases: Mapping[str, Case], rounds: int, warmup: int = 2, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, list[float]]:
     """Seconds of each call of each case, by name: ``rounds`` rounds of one call each, after ``warmup`` untimed ones."""
     seconds: dict[str, list[float]] = {name: [] for name in cases}
     for number in range(-warmup, rounds):
         for name, case in cases.items():
-            start = time.perf_counter()
+            start = clock()
             case()
             if number >= 0:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(clock() - start)
     return seconds
 
 

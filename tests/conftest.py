@@ -1,5 +1,6 @@
 """What every test runs under: the interpreter where there is no GPU, poisoned memory, fixed seeds."""
 
+import importlib.util
 import os
 import random
 
@@ -19,6 +20,27 @@ torch.utils.deterministic.fill_uninitialized_memory = True  # torch.empty -> nan
 # the same examples everywhere; no deadline: the interpreter is slow, and slower the first time
 hypothesis.settings.register_profile("flashbeam", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("flashbeam")
+
+
+def mend_interpreter() -> None:
+    """Give Triton's interpreter before 3.9 what it lacked: an fma that rounds once, and bfloat16 constants."""
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    if hasattr(InterpreterBuilder, "get_bf16"):
+        return
+
+    def create_fma(self, x, y, z):
+        with np.errstate(all="ignore"):
+            total = x.data.astype(np.longdouble) * y.data + z.data
+            return TensorHandle(total.astype(z.data.dtype), z.dtype.scalar)
+
+    InterpreterBuilder.create_fma = create_fma
+    InterpreterBuilder.get_bf16 = lambda self, value: self.create_fp_trunc(self.get_fp32(value), tl.bfloat16)
+
+
+if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
+    mend_interpreter()
 
 
 @pytest.fixture

@@ -174,9 +174,8 @@ def streaming_path(code: list[Instruction]) -> Path:
     if inner:
         raise ValueError(f"listing: expected no loop inside a tile, got {len(inner)}")
     exits = {b for b, block in enumerate(graph.blocks) if block[-1].name == "EXIT"}
-    last = next(
-        b for b in reversed(iteration) if any(graph.reaches(b, end) for end in exits)
-    )  # the loop ends behind it
+    # the loop is left behind the last block of it that an exit can be reached from
+    last = next(b for b in reversed(iteration) if any(graph.reaches(b, end) for end in exits))
     once = [*graph.best(0, {header})[:-1], *graph.best(last, exits)[1:]]
 
     def opcodes(blocks: list[int]) -> Counter[str]:

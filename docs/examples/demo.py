@@ -61,9 +61,7 @@ def complete(
     steps = [search.step(state, logits)]
     while not state.all_done():
         step = steps[-1]
-        cache = fb.reorder(
-            cache, step.source_rows
-        )  # each beam takes its parent's row; the first time B rows become B*K
+        cache = fb.reorder(cache, step.source_rows)  # rows follow their beams: first [B] -> [B*K], then [B*K] -> [B*K]
         logits, cache = model(step.tokens.flatten(), cache)  # [B*K, V]
         steps.append(search.step(state, logits))
         tick()
@@ -176,10 +174,8 @@ def main() -> None:
     plural = "s" if len(prompts) > 1 else ""
     print(f"flashbeam {fb.__version__} completes {len(prompts)} prompt{plural} of Python code in one batch")
     report.note(f"language model: {parameters / 1e6:.1f} M parameters, on the CPU, threads: {args.threads}")
-    report.note("log-prob: natural logarithm of a completion's probability; gain: over greedy search")
-    report.note(
-        f"▸ a completion begins; ↵ new line, then a blank per level; + no end within {args.max_length} tokens\n"
-    )
+    report.note("log-prob: natural logarithm of a completion's probability; gain: over greedy")
+    report.note(f"▸ a completion begins; ↵ new line, a blank per level; + no end in {args.max_length} tokens\n")
     for request, prompt in enumerate(prompts):
         report.rule(f"Prompt {request + 1} of {len(prompts)}")
         report.completions(found, request, prompt, args.num)
@@ -193,6 +189,7 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
+        sys.stdout.flush()
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:  # the reader, such as `head`, has what it wanted

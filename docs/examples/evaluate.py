@@ -68,7 +68,7 @@ def main() -> None:
     prompts = json.loads(PROMPTS.read_text())
     greedy = best_completions(model, tokenizer, prompts, 1)
     print(f"{len(prompts)} held-out prompts, at most {MAX_LENGTH} tokens, ranked by log-probability (nats)\n")
-    print("| | tokenise | end with EOS | likelier than greedy | mean gain (95 % interval) | where greedy ended too |")
+    print("| | tokenise | end with EOS | likelier than greedy | mean gain (95 % interval) | where greedy ended |")
     print("| --- | ---: | ---: | ---: | ---: | ---: |")
     print(f"| greedy | {greedy.tokenises.mean():.0%} | {greedy.finished.mean():.0%} | | | |")
     for beam_size in BEAM_SIZES:

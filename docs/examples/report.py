@@ -99,13 +99,13 @@ class Report:
             self._branch(line)
         if len(lines) > TREE_LINES:
             self.note(f"{'':18}… and {len(lines) - TREE_LINES} more lines")
-        self.note("  EOS: a hypothesis ends; …: in the beam when the search could stop; pruned: left it\n")
+        self.note("  EOS: a hypothesis ends; …: still in the beam at the end; pruned: left it\n")
 
     def _branch(self, line: Line) -> None:
         head, end = "", ""
         if line.ending:
             head = f"{line.rank:6}{line.ending.log_prob:10.2f}"
-            end = " EOS" if line.ending.finished else "…"
+            end = "…" if not line.ending.finished else " EOS" if line.text else "EOS"
         elif line.pruned:
             head = f"{f'{line.pruned} pruned':>16}"
         elif line.live:
