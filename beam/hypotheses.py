@@ -80,8 +80,8 @@ def _of_pool(state: State) -> _Endings:
     )
 
 
-def collect(state: State, num_hypotheses: int) -> Hypotheses:
-    """The best ``num_hypotheses`` of each request, as things stand. Reads the state and changes nothing."""
+def collect(state: State, num_hypotheses: int | None) -> Hypotheses:
+    """The best ``num_hypotheses`` of each request, or its ``beam_size`` best, as things stand. Changes nothing."""
     found = _of_slots(state)
     if not state.in_place:
         pairs = zip(vars(_of_pool(state)).values(), vars(found).values(), strict=True)
@@ -89,14 +89,17 @@ def collect(state: State, num_hypotheses: int) -> Hypotheses:
     # equal scores: earlier end first, then the order of the candidates at that step
     order = found.arrival.sort(dim=1, stable=True).indices
     order = order.gather(1, found.scores.gather(1, order).sort(dim=1, descending=True, stable=True).indices)
-    missing = num_hypotheses - order.shape[1]
-    best = found.take(order[:, :num_hypotheses])
+    count = state.beam_size if num_hypotheses is None else num_hypotheses
+    missing = count - order.shape[1]
+    best = found.take(order[:, :count])
     if missing > 0:
         pad = torch.nn.functional.pad
         filler = {"scores": -torch.inf, "log_probs": -torch.inf, "eos": -1, "last_step": -1}
         best = _Endings(*(pad(field, (0, missing), value=filler.get(name, 0)) for name, field in vars(best).items()))
 
     valid = best.log_probs > -torch.inf
+    if num_hypotheses is None:
+        valid &= torch.arange(count, device=valid.device) < state.limits.width[:, None]
     slots = trace_slots(state.history.parents, best.last_step.masked_fill(~valid, -1), best.last_slot)  # [B, N, T]
     on_path = slots >= 0
     index = slots.clamp(min=0).permute(2, 0, 1)  # [T, B, N]
@@ -111,7 +114,7 @@ def collect(state: State, num_hypotheses: int) -> Hypotheses:
         tokens=tokens,
         lengths=lengths,
         scores=best.scores.masked_fill(~valid, -torch.inf),
-        log_probs=best.log_probs,
+        log_probs=best.log_probs.masked_fill(~valid, -torch.inf),
         token_log_probs=token_log_probs,
         valid=valid,
         finished=best.finished & valid,

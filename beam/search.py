@@ -284,11 +284,12 @@ class BeamSearch:
 
         Args:
             state: not modified.
-            num_hypotheses: N; default the (widest) ``beam_size``. More than exist gives rows that are not valid.
+            num_hypotheses: N; default each request's ``beam_size``, N the widest. More than exist gives rows that are
+                not valid.
 
         Returns:
             :class:`Hypotheses`.
         """
-        if num_hypotheses is None:
-            num_hypotheses = state.beam_size
-        return collect(state, whole_number(1)("num_hypotheses", num_hypotheses))
+        if num_hypotheses is not None:
+            whole_number(1)("num_hypotheses", num_hypotheses)
+        return collect(state, num_hypotheses)

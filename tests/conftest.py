@@ -16,6 +16,8 @@ import pytest
 
 torch.use_deterministic_algorithms(True, warn_only=True)
 torch.utils.deterministic.fill_uninitialized_memory = True  # torch.empty -> nan, or the largest integer
+# small tensors: a second thread costs more than it brings, and on a busy machine very much more
+torch.set_num_threads(1)
 
 # the same examples everywhere; no deadline: the interpreter is slow, and slower the first time
 hypothesis.settings.register_profile("flashbeam", deadline=None, derandomize=True)

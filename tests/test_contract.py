@@ -564,9 +564,11 @@ def test_eos_is_not_forced_at_max_length():
     hyps, state, _ = run(search, logits_model([p]), [9])
     assert listed(hyps, 0) == [((0,), False), ((1,), False), ((2,), False)]
     assert state.done.tolist() == [True]
-    # and an EOS among them has finished
-    hyps, _, _ = run(make(beam_size=3, max_length=1, eos_id=1), logits_model([p]), [9])
+    # and an EOS among them has finished; the fourth candidate is none of them, however many hypotheses are asked for
+    search = make(beam_size=3, max_length=1, eos_id=1)
+    hyps, state, _ = run(search, logits_model([p]), [9])
     assert listed(hyps, 0) == [((0,), False), ((1,), True), ((2,), False)]
+    assert listed(search.finalize(state, num_hypotheses=9), 0) == listed(hyps, 0)
 
 
 def test_eos_below_the_k_best_neither_finishes_nor_lives():
@@ -663,16 +665,16 @@ def test_permuting_the_batch_permutes_the_result(finished, stopping):
 @pytest.mark.parametrize("finished", REGIMES)
 def test_a_request_is_bitwise_the_same_alone_and_in_any_batch(V, finished):
     lm = TableLM(V, 2, scale=3.0, eos=[V - 1], eos_bias=6.0)
-    bos = [4, 5, 6, 7, 8, 9, 10]
+    bos = [4, 5, 6, 7, 8, 9, 10, 11]  # 24 rows together and 3 alone: neither parity nor vector width agree
     common = {"max_length": 5, "eos_id": V - 1, "finished": finished}
     together, _, _ = run(make(beam_size=3, **common), lm, bos)
     for b, s in enumerate(bos):
         alone, _, _ = run(make(beam_size=3, **common), lm, [s])
         same_hyps(alone, together, rows_b=slice(b, b + 1))
     # among requests with other parameters
-    mixed = make(beam_size=[3] * 3 + [2] * 4, **{**common, "max_length": [5, 5, 5, 3, 4, 5, 1]},
-                 temperature=[1.0] * 3 + [0.5] * 4, min_length=[0] * 3 + [1, 2, 0, 0],
-                 length_penalty=[1.0] * 3 + [0.3, 0.0, -1.0, 2.0])  # fmt: skip
+    mixed = make(beam_size=[3] * 3 + [2] * 5, **{**common, "max_length": [5, 5, 5, 3, 4, 5, 1, 2]},
+                 temperature=[1.0] * 3 + [0.5] * 5, min_length=[0] * 3 + [1, 2, 0, 0, 0],
+                 length_penalty=[1.0] * 3 + [0.3, 0.0, -1.0, 2.0, 1.0])  # fmt: skip
     others, _, _ = run(mixed, lm, bos)
     same_hyps(others, together, rows_a=slice(0, 3), rows_b=slice(0, 3))
 
@@ -867,20 +869,18 @@ def test_patience_keeps_hypotheses_in_order_of_arrival_and_other_rules_the_best(
 
 
 def test_patience_counts_are_guarded_against_float_error():
-    """ceil(p * K): 1.1 * 10 is 11.000000000000002 in floats, and eleven is meant."""
-    p = torch.full((1, 13), 1 / 13).log()
-    search = make(beam_size=10, max_length=6, eos_id=list(range(1, 12)), stopping=fb.Patience(1.1), length_penalty=0.0)
-    # step 1: the ten best are tokens 0..9, of which 1..9 are EOS; 0 and 12 live on. step 2: again nine, eleven in all
-    hyps, _, trace = run(search, logits_model([p] * 6), [1])
-    assert len(trace) == 2
+    """ceil(p * K): 0.28 * 25 is 7.000000000000001 in floats, and seven is meant."""
+    assert math.ceil(0.28 * 25) == 8
+    p = torch.zeros(1, 40)
+    search = make(beam_size=25, max_length=6, eos_id=[1, 2, 3, 4, 5], stopping=fb.Patience(0.28), length_penalty=0.0)
+    # step 1: of the 25 best, tokens 0..24, five are EOS. step 2: five more, of the first parent; two are kept
     state = search.init(batch_size=1, device="cpu")
-    cache = None
-    for _ in range(2):
-        search.step(state, p if cache is None else p.expand(10, 13))
-        cache = True
+    search.step(state, p)
+    assert state.done.tolist() == [False]
+    search.step(state, p.expand(25, 40))
+    assert state.done.tolist() == [True]
     hyps = search.finalize(state, num_hypotheses=12)
-    assert int(hyps.valid.sum()) == 11
-    assert [t for t, _ in listed(hyps, 0)] == [(i,) for i in range(1, 10)] + [(0, 1), (0, 2)]
+    assert [t for t, _ in listed(hyps, 0)] == [(1,), (2,), (3,), (4,), (5,), (0, 1), (0, 2)]
 
 
 @pytest.mark.parametrize("finished", REGIMES)
