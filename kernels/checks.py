@@ -129,6 +129,17 @@ def check_normalize(normalize: str) -> bool:
     return normalize == "allowed"
 
 
+def check_candidates(rows: Tensor, active: Tensor | None, exclude: Tensor | None) -> None:
+    """Check what says which rows ``[R, V]`` are read and which tokens are no candidates."""
+    if active is not None:
+        check_dtype("active", active, torch.bool)
+        check_shape("active", active, "[R]", rows.shape[0])
+    if exclude is not None:
+        check_dtype("exclude", exclude, torch.int64)
+        check_shape("exclude", exclude, "[n]", None)
+    check_same_device(logits=rows, active=active, exclude=exclude)
+
+
 def contiguous(tensor: Tensor | None) -> Tensor | None:
     """Small arguments reach kernels without strides; a tensor that is dense already is not copied."""
     return None if tensor is None else tensor.detach().contiguous()

@@ -14,6 +14,7 @@ arbitrarily; at most 63 groups can jump ahead of the right one that way, and 63 
 looked at depends on P, V and k alone, never on the data. The proof is in docs/algorithms.md.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from .bitmask import bits_at
 from .checks import (
+    check_candidates,
     check_dtype,
     check_normalize,
     check_range,
@@ -58,7 +60,7 @@ class _Rows:
 
     def log_prob(self, adjusted: Tensor, parent: Tensor) -> Tensor:
         """Cumulative log-probabilities ``[B, n * m]`` of adjusted logits ``[B, n * m]`` in rows ``parent [B, n]``."""
-        members = adjusted.view(*parent.shape, -1)
+        members = adjusted.unflatten(1, (parent.shape[1], -1))
         increment = (members - self.lse.gather(1, parent)[:, :, None]).clamp_(max=0.0)
         return increment.add_(self.log_probs.gather(1, parent)[:, :, None]).flatten(1)
 
@@ -67,21 +69,21 @@ class _Rows:
         return log_prob if self.divisor is None else log_prob / self.divisor
 
 
-def _best(score: Tensor, adjusted: Tensor, parent: Tensor, token: Tensor, n: int) -> Tensor:
-    """Positions ``[B, n]``, ascending, of the ``n`` best of ``M`` candidates ``[B, M]`` in the total order.
+def _best(score: Tensor, n: int, keys: Callable[[], tuple[Tensor, Tensor]]) -> Tensor:
+    """Positions ``[B, n]``, ascending, of the ``n`` best of ``M`` candidates, by score ``[B, M]`` and then by keys.
 
-    ``parent`` and ``token`` are ``[B, M]``, and distinct as pairs.
+    ``keys`` makes the two keys ``[B, M]`` of ``kernels/keys.py``, distinct as pairs; most often scores suffice.
     """
     batch, size = score.shape
     if n >= size:
         return torch.arange(size, device=score.device).expand(batch, size)
     chosen = score >= score.topk(n, sorted=False).values.amin(-1, keepdim=True)
-    if int(chosen.sum()) > n * batch:  # ties at the threshold: the keys decide
-        first = pack_key(score, parent)
+    if int(chosen.sum()) > n * batch:  # ties at the threshold
+        first, second = keys()
         threshold = first.topk(n, sorted=False).values.amin(-1, keepdim=True)
         chosen, above = first >= threshold, first > threshold
         need = n - above.sum(-1, keepdim=True)
-        second = pack_key(adjusted, token).masked_fill(~(chosen & ~above), _WORST)
+        second = second.masked_fill(~(chosen & ~above), _WORST)
         chosen = above | (chosen & (second >= second.topk(n).values.gather(-1, need - 1)))
     return chosen.nonzero()[:, 1].view(batch, n)
 
@@ -110,24 +112,31 @@ def _select(
     device = logits.device
     rows = _Rows(log_probs, lse, temperature, divisor)
 
-    # rows, of P * tiles tiles
+    def narrow(score: Tensor, adjusted: Tensor, parent: Tensor, token: Tensor, n: int) -> Tensor:
+        """The ``n`` best of the members ``token [B, m, size]`` of parts in rows ``parent [B, m]``."""
+
+        def keys() -> tuple[Tensor, Tensor]:
+            return pack_key(score, _members(parent, token.shape[2])), pack_key(adjusted, token.flatten(1))
+
+        return _best(score, n, keys)
+
+    # tiles of rows
     parent = torch.arange(parents, device=device).expand(batch, -1)
+    token = torch.arange(0, tiles * TILE, TILE, device=device).expand(batch, parents, -1)  # a tile's lowest
     adjusted = rows.adjust(tile_max.view(batch, parents, tiles), parent)
     score = rows.score(rows.log_prob(adjusted, parent))
-    tile = torch.arange(tiles, device=device).repeat(parents).expand(batch, -1)
-    place = _best(score, adjusted, _members(parent, tiles), tile, k)
+    place = narrow(score, adjusted, parent, token, k)
     parent, tile = place // tiles, place % tiles
 
-    # tiles, of 64 groups
+    # groups of tiles
     x = group_max.view(batch, parents * tiles, GROUPS).gather(1, place[:, :, None].expand(-1, -1, GROUPS))
+    token = (tile * TILE)[:, :, None] + torch.arange(GROUPS, device=device)  # a group's lowest
     adjusted = rows.adjust(x, parent)
     score = rows.score(rows.log_prob(adjusted, parent))
-    lowest = ((tile * TILE)[:, :, None] + torch.arange(GROUPS, device=device)).flatten(1)
-    parent = _members(parent, GROUPS)
-    place = _best(score, adjusted, parent, lowest, k + GROUPS - 1)
-    parent, lowest = parent.gather(1, place), lowest.gather(1, place)
+    place = narrow(score, adjusted, parent, token, k + GROUPS - 1)
+    parent, lowest = parent.gather(1, place // GROUPS), token.flatten(1).gather(1, place)
 
-    # groups, of 32 elements
+    # elements of groups
     token = lowest[:, :, None] + torch.arange(0, TILE, GROUPS, device=device)
     row = (parent + torch.arange(0, batch * parents, parents, device=device)[:, None])[:, :, None]
     barred = token >= vocab_size
@@ -139,16 +148,17 @@ def _select(
     adjusted = rows.adjust(logits[row, inside].masked_fill(barred, -torch.inf), parent)
     log_prob = rows.log_prob(adjusted, parent)
     score = rows.score(log_prob)
-    parent, token = _members(parent, GROUP_SIZE), token.flatten(1)
-    place = _best(score, adjusted, parent, token, k)
-    found = [field.gather(1, place) for field in (score, adjusted, parent, token, log_prob)]
-    order = _in_order(*found[:4])
-    _, adjusted, parent, token, log_prob = (field.gather(1, order) for field in found)
+    place = narrow(score, adjusted, parent, token, k)
+    parent, token = parent.gather(1, place // GROUP_SIZE), token.flatten(1).gather(1, place)
+    score, adjusted, log_prob = (field.gather(1, place) for field in (score, adjusted, log_prob))
+    order = _in_order(score, adjusted, parent, token)
+    log_prob, parent, token, adjusted = (field.gather(1, order) for field in (log_prob, parent, token, adjusted))
 
     # places without a candidate: ids in range, and equal to what the kernel writes
     invalid = log_prob == -torch.inf
-    parent, token = parent.masked_fill(invalid, 0), token.masked_fill(invalid, 0)
-    adjusted = adjusted.masked_fill(invalid, -torch.inf)
+    if bool(invalid.any()):
+        parent, token = parent.masked_fill(invalid, 0), token.masked_fill(invalid, 0)
+        adjusted = adjusted.masked_fill(invalid, -torch.inf)
     missing = k - place.shape[1]
     if missing > 0:
         pad = torch.nn.functional.pad
@@ -256,7 +266,8 @@ def top_candidates(
     if divisor is not None:
         check_dtype("divisor", divisor, torch.float32)
         check_shape("divisor", divisor, "[B]", log_probs.shape[0])
-    check_same_device(logits=rows, log_probs=log_probs, active=active, exclude=exclude, divisor=divisor)
+    check_candidates(rows, active, exclude)
+    check_same_device(logits=rows, log_probs=log_probs, divisor=divisor)
     log_probs = log_probs.detach().contiguous()
     temperature, active, exclude = contiguous(temperature), contiguous(active), contiguous(exclude)
     renormalize = check_normalize(normalize)

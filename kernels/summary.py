@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from .bitmask import bits_at, unpack_bitmask
-from .checks import check_dtype, check_normalize, check_rows, check_same_device, check_shape, check_tensor, contiguous
+from .checks import check_candidates, check_normalize, check_rows, check_tensor, contiguous
 from .lse import row_lse_op
 from .registration import register
 
@@ -35,7 +35,8 @@ GROUPS = 64
 TILE = GROUP_SIZE * GROUPS
 
 _LOG2E = 1.4426950408889634
-_BLOCK_TILES = 128  # 1 MB of float32: the block and its exponentials stay in a core's cache; measured best of 32..512
+_MOST = torch.finfo(torch.float32).max
+_BLOCK_TILES = 256  # 2 MB of float32; fewer, larger operations won over a smaller cache footprint
 
 
 class Tiles(NamedTuple):
@@ -75,59 +76,70 @@ def _evenly_split(numel: int) -> int:
 
 
 class _Pass:
-    """One call of the torch definition: the outputs being filled and the workspaces its blocks share."""
+    """One run of the torch definition over some rows: where it writes, and the workspace its blocks share."""
 
-    def __init__(self, out: Tiles, temperature: Tensor | None, renormalize: bool, mass: bool):
-        self.out = out
+    def __init__(self, out: Tiles, temperature: Tensor | None, renormalize: bool, mass: bool, masked: bool):
+        # in float32 while the pass runs: an operation that converts by the way is several times slower
+        self.out = Tiles(*(field.float() for field in out))
+        if renormalize or not masked:  # what may be chosen is what is normalised over
+            self.out = self.out._replace(tile_ref=self.out.tile_max)
         self.temperature = temperature
         self.renormalize = renormalize
         self.mass = mass
         # zeros: the padding between blocks is exponentiated too, and must not hold signalling junk
         self.work = torch.zeros(_evenly_split(_BLOCK_TILES * TILE), dtype=torch.float32, device=out.tile_sum.device)
 
-    def _sum_exp(self, x: Tensor, ref: Tensor, scale: Tensor | float, dim: int) -> Tensor:
-        """``sum(exp2((x - ref) * scale))`` over ``dim`` of ``x [n, t, r, 64]``, in the workspace."""
-        numel = x.numel()
-        if numel > self.work.numel():
-            self.work = torch.zeros(_evenly_split(numel), dtype=torch.float32, device=x.device)
-        flat = self.work[:numel]
-        work = flat.view(x.shape)
-        if x.dtype == torch.float32:
-            torch.sub(x, ref, out=work)
-        else:
-            work.copy_(x)
-            work.sub_(ref)
-        work.mul_(scale)
-        self.work[: _evenly_split(numel)].exp2_()
-        return work.sum(dim) if dim == 2 else flat.view(*x.shape[:2], -1).sum(-1)
+    def strip(self, logits: Tensor, bitmask: Tensor | None, rows: slice, tiles: slice, tokens: slice) -> None:
+        """Summarise ``tiles``, which are ``tokens``, of ``rows``: as many rows at a time as make a block."""
+        count = tiles.stop - tiles.start
+        size = max(1, _BLOCK_TILES // count)
+        fields = [field[rows, tiles].split(size) for field in (self.out if self.mass else self.out[:4])]
+        missing = -(tokens.stop - tokens.start) % GROUPS  # the last tile is filled up to whole groups
+        for number, x in enumerate(logits[rows, tokens].split(size)):
+            block = slice(rows.start + number * size, rows.start + number * size + x.shape[0])
+            if missing:
+                x = torch.nn.functional.pad(x, (0, missing), value=-torch.inf)
+            allowed = None
+            if bitmask is not None:
+                words = slice(tokens.start // 32, -(-tokens.stop // 32))
+                allowed = unpack_bitmask(bitmask[block, words], tokens.stop - tokens.start)
+                allowed = torch.nn.functional.pad(allowed, (0, missing), value=False)
+                allowed = allowed.view(x.shape[0], count, -1, GROUPS)
+            self.block(x.unflatten(1, (count, -1, GROUPS)), allowed, block, [field[number] for field in fields])
 
-    def block(self, x: Tensor, allowed: Tensor | None, rows: slice, tiles: slice) -> None:
-        """Summarise ``x [n, t, r, 64]``, ``tiles`` of ``rows``; ``allowed`` is bool of the same shape."""
-        candidates = x if allowed is None else x.masked_fill(~allowed, -torch.inf)
-        if self.renormalize:
-            x = candidates
-        group_max = candidates.amax(2)
-        tile_max = group_max.amax(-1)
-        tile_ref = tile_max if candidates is x else x.amax(2).amax(-1)
-        nan = tile_ref.isnan()
-        if bool(nan.any()):  # rare, and values may be read here: clean the block and take it again
-            self.block(x.masked_fill(x.isnan(), -torch.inf), allowed, rows, tiles)
-            view = self.out.tile_sum[rows, tiles]
-            view.copy_(torch.where(nan, -view.clamp(min=1.0), view))
-            return
+    def block(self, x: Tensor, allowed: Tensor | None, rows: slice, out: list[Tensor]) -> None:
+        """Summarise ``x [n, t, r, 64]`` of ``rows``; ``allowed`` is bool of the same shape."""
+        group_max, tile_max, tile_ref, tile_sum, *mass = out
         scale: Tensor | float = _LOG2E
         if self.temperature is not None:
             scale = (_LOG2E / self.temperature[rows]).view(-1, 1, 1, 1)
-        finite_ref = tile_ref.float()
-        finite_ref = finite_ref.masked_fill(finite_ref.isinf(), 0.0)[:, :, None, None]  # -inf - -inf would be NaN
-        self.out.group_max[rows, tiles] = group_max
-        self.out.tile_max[rows, tiles] = tile_max
-        self.out.tile_ref[rows, tiles] = tile_ref
-        self.out.tile_sum[rows, tiles] = self._sum_exp(x, finite_ref, scale, dim=-1)
-        if self.mass:
-            finite_max = group_max.float()
-            finite_max = finite_max.masked_fill(finite_max.isinf(), 0.0)[:, :, None, :]
-            self.out.group_mass[rows, tiles] = self._sum_exp(candidates, finite_max, scale, dim=2)
+        candidates = x if allowed is None else x.masked_fill(~allowed, -torch.inf)
+        if self.renormalize:
+            x = candidates
+        values = self._float(candidates)
+        torch.amax(values, 2, out=group_max)
+        torch.amax(group_max, -1, out=tile_max)
+        for group_mass in mass:
+            torch.sum(self._exp(values, group_max[:, :, None, :], scale), 2, out=group_mass)
+            values = self._float(candidates)
+        if candidates is not x:
+            values = self._float(x)
+            torch.amax(values, (2, 3), out=tile_ref)
+        torch.sum(self._exp(values, tile_ref[:, :, None, None], scale).flatten(2), -1, out=tile_sum)
+
+    def _float(self, x: Tensor) -> Tensor:
+        """``x`` as float32: itself, or in the workspace."""
+        if x.numel() > self.work.numel():
+            self.work = torch.zeros(_evenly_split(x.numel()), dtype=torch.float32, device=x.device)
+        return x if x.dtype == torch.float32 else self.work[: x.numel()].view(x.shape).copy_(x)
+
+    def _exp(self, x: Tensor, ref: Tensor, scale: Tensor | float) -> Tensor:
+        """``exp2((x - ref) * scale)`` in the workspace, where ``x`` may be already."""
+        work = self.work[: x.numel()].view(x.shape)
+        torch.sub(x, ref.clamp(-_MOST, _MOST), out=work)  # finite: -inf - -inf would be NaN
+        work.mul_(scale)
+        self.work[: _evenly_split(x.numel())].exp2_()
+        return work
 
 
 def _active_spans(active: Tensor | None, rows: int) -> list[tuple[int, int]]:
@@ -190,36 +202,39 @@ def _summarize(
             field.fill_(-torch.inf)
         out.tile_sum.zero_()
         out.group_mass.zero_()
-    step = _Pass(out, temperature, renormalize, mass)
-    whole, tail = divmod(vocab_size, TILE)
-
-    def view(rows: slice, tokens: slice, fill: bool) -> tuple[Tensor, Tensor | None]:
-        """The logits of a block as ``[n, t, r, 64]``, and which of them are allowed."""
-        x = logits[rows, tokens]
-        ok = None
-        if bitmask is not None:
-            words = slice(tokens.start // 32, -(-tokens.stop // 32))
-            ok = unpack_bitmask(bitmask[rows, words], tokens.stop - tokens.start)
-        if fill:  # the last tile, filled up to whole groups
-            missing = -(tokens.stop - tokens.start) % GROUPS
-            x = torch.nn.functional.pad(x, (0, missing), value=-torch.inf)
-            ok = None if ok is None else torch.nn.functional.pad(ok, (0, missing), value=False)
-            return x.unflatten(1, (1, -1, GROUPS)), None if ok is None else ok.unflatten(1, (1, -1, GROUPS))
-        shape = (-1, GROUP_SIZE, GROUPS)
-        return x.unflatten(1, shape), None if ok is None else ok.unflatten(1, shape)
-
-    for start, stop in spans:
-        for tiles in _blocks(0, whole, _BLOCK_TILES):
-            for rows in _blocks(start, stop, _BLOCK_TILES // (tiles.stop - tiles.start)):
-                x, ok = view(rows, slice(tiles.start * TILE, tiles.stop * TILE), fill=False)
-                step.block(x, ok, rows, tiles)
-        if tail:
-            for rows in _blocks(start, stop, _BLOCK_TILES):
-                x, ok = view(rows, slice(whole * TILE, vocab_size), fill=True)
-                step.block(x, ok, rows, slice(whole, whole + 1))
+    _fill(out, spans, logits, vocab_size, bitmask, temperature, renormalize, mass)
+    nan = out.tile_sum.isnan()
+    if bool(nan.any()):  # rare, and values may be read here: clean those rows and take them again
+        clean = logits.masked_fill(logits.isnan(), -torch.inf)
+        dirty = _active_spans(nan.any(1), logits.shape[0])
+        _fill(out, dirty, clean, vocab_size, bitmask, temperature, renormalize, mass)
+        out.tile_sum.copy_(torch.where(nan, -out.tile_sum.clamp(min=1.0), out.tile_sum))
     if exclude is not None:
         _exclude_tokens(out, logits, vocab_size, bitmask, active, exclude.tolist())
     return out
+
+
+def _fill(
+    out: Tiles,
+    spans: list[tuple[int, int]],
+    logits: Tensor,
+    vocab_size: int,
+    bitmask: Tensor | None,
+    temperature: Tensor | None,
+    renormalize: bool,
+    mass: bool,
+) -> None:
+    """Write the tiles of the rows in ``spans``; one that holds a NaN gets NaN for its sum."""
+    step = _Pass(out, temperature, renormalize, mass, bitmask is not None)
+    whole, tail = divmod(vocab_size, TILE)
+    for start, stop in spans:
+        for tiles in _blocks(0, whole, _BLOCK_TILES):
+            step.strip(logits, bitmask, slice(start, stop), tiles, slice(tiles.start * TILE, tiles.stop * TILE))
+        if tail:
+            step.strip(logits, bitmask, slice(start, stop), slice(whole, whole + 1), slice(whole * TILE, vocab_size))
+    for field, found in zip(out, step.out, strict=True):
+        if field is not found:
+            field.copy_(found)
 
 
 def _fake_summarize(
@@ -286,13 +301,7 @@ def summarize(
     """
     check_tensor("logits", logits)
     vocab_size = check_rows(logits, vocab_size, bitmask, temperature)
-    if active is not None:
-        check_dtype("active", active, torch.bool)
-        check_shape("active", active, "[R]", logits.shape[0])
-    if exclude is not None:
-        check_dtype("exclude", exclude, torch.int64)
-        check_shape("exclude", exclude, "[n]", None)
-    check_same_device(logits=logits, active=active, exclude=exclude)
+    check_candidates(logits, active, exclude)
     renormalize = check_normalize(normalize)
     temperature, active, exclude = contiguous(temperature), contiguous(active), contiguous(exclude)
     tiles = Tiles(*summarize_op(logits.detach(), vocab_size, bitmask, temperature, active, exclude, renormalize, mass))

@@ -2,9 +2,9 @@
 
 The count follows one documented path through the control flow, that of a program whose tiles are all full:
 
-1. The hot block is the one with the most unpredicated global loads: a full tile's. An iteration runs from the header
-   of the loop around it, through it, and back to the header; the prologue and the epilogue are the way there and on to
-   ``EXIT``.
+1. The hot block is the one with the most global loads under one guard, or none: a full tile's, as every load of a
+   masked tile has its own. An iteration runs from the header of the loop around it, through it, and back to the header;
+   the prologue and the epilogue are the way there and on to ``EXIT``.
 2. Among the ways of an iteration, those with the fewest exponentials, predicated loads and calls: the second pass over
    a tile with a NaN, the masked tail and the slow paths of division are cold. ``BRA.DIV``, taken by a warp that has
    not reconverged, is not taken.
@@ -163,7 +163,8 @@ class _Graph:
 def streaming_path(code: list[Instruction]) -> Path:
     """What a warp of a kernel that loops over tiles executes; see the module's docstring."""
     graph = _Graph(code)
-    hot = max(range(len(graph.blocks)), key=lambda b: sum(at.load_bytes > 0 and not at.guard for at in graph.blocks[b]))
+    loads = Counter((b, at.guard) for b, block in enumerate(graph.blocks) for at in block if at.load_bytes)
+    ((hot, guard), _) = loads.most_common(1)[0]
     around = {(end, header) for end, header in graph.back if graph.reaches(header, hot) and graph.reaches(hot, end)}
     headers = {header for _, header in around}
     if len(headers) != 1:
@@ -181,5 +182,5 @@ def streaming_path(code: list[Instruction]) -> Path:
     def opcodes(blocks: list[int]) -> Counter[str]:
         return Counter(at.opcode for b in blocks for at in graph.blocks[b])
 
-    loads = sum(at.load_bytes for b in iteration for at in graph.blocks[b] if not at.guard)
-    return Path(opcodes(once), opcodes(iteration), loads)
+    load_bytes = sum(at.load_bytes for b in iteration for at in graph.blocks[b] if at.guard in ("", guard))
+    return Path(opcodes(once), opcodes(iteration), load_bytes)

@@ -152,18 +152,40 @@ def test_equal_candidates_keep_the_total_order(regime, compared):
             search.step(state, torch.zeros(10, 10))
 
 
-@pytest.mark.parametrize("eos_first", [True, False])
-def test_pool_takes_equal_scores_behind_what_it_holds(eos_first, compared):
-    """The same score again and again: the pool keeps the first that came."""
+def test_pool_takes_equal_scores_behind_what_it_holds(compared):
+    """Half for EOS and half to go on: the mean log-probability is the same at every length."""
     logits = torch.full((4, 8), -INF)
-    logits[:, 0 if eos_first else 7] = 0.0
-    logits[:, 3] = 0.0
-    search = fb.BeamSearch(4, 6, 0 if eos_first else 7, stopping=fb.Exhausted(), length_penalty=0.0)
+    logits[:, [0, 3]] = 0.0
+    search = fb.BeamSearch(4, 6, 0, stopping=fb.Exhausted(), length_penalty=1.0)
     state = search.init(1)
+    for _ in range(2):
+        search.step(state, logits)
+    assert state.pool.scores[0, 0] == state.pool.scores[0, 1] and state.pool.steps[0, :2].tolist() == [0, 1]
     while not state.all_done():
         search.step(state, logits)
-    held = state.pool.steps[state.pool.log_probs > -INF]
-    assert torch.equal(held, held.sort().values)
+
+
+def test_exact_bounds_a_live_beam_by_the_lengths_it_can_still_end_at(compared):
+    """With score = log_prob * length, a beam of two tokens ends at three or more: 3 * log(.24) is out of reach."""
+    search = fb.BeamSearch(2, 6, 0, stopping=fb.Exact(), length_penalty=-1.0)
+    state = search.init(1)
+    search.step(state, torch.tensor([[0.5, 0.4, 0.1, 0.0]]).log())
+    assert not state.done
+    search.step(state, torch.tensor([[0.4, 0.6, 0.0, 0.0], [0.25, 0.25, 0.25, 0.25]]).log())
+    best_live, worst = 2 * torch.tensor(0.24).log(), state.pool.scores[0, 1]
+    assert state.done and best_live > worst > best_live * 1.5
+
+
+@pytest.mark.parametrize(("patience", "held"), [(0.25, 1), (0.5, 2), (0.75, 3), (1.0, 3)])
+def test_no_more_finish_at_once_than_the_quota(patience, held, compared):
+    """Three EOS among the four best of one step; what is beyond the quota is dropped, the best by rank come first."""
+    logits = torch.zeros(1, 9)
+    logits[:, [5, 2, 7]] = torch.tensor([6.0, 5.0, 4.0])
+    search = fb.BeamSearch(4, 5, [7, 5, 2], stopping=fb.Patience(patience))
+    state = search.init(1)
+    search.step(state, logits)
+    assert (state.pool.log_probs > -INF).sum() == held and state.done.item() == (held < 3 or patience == 0.75)
+    assert state.pool.tokens[0, :held].tolist() == [5, 2, 7][:held]
 
 
 @pytest.mark.parametrize("regime", REGIMES)
@@ -248,12 +270,12 @@ def test_rows_beyond_2_31_elements(regime, monkeypatch):
     # a copy to compare with would be dense, so the kernel steps one state and the definition another
     for op, x, allowed in ((LAUNCHERS[regime], logits, bits), (DEFINITIONS[regime], near, mask)):
         monkeypatch.setattr(MODULES[regime], "_op", op)
-        for batch in (1, 2):
+        for batch in (1, 3):
             search = fb.BeamSearch(6 // batch, 3, [3, 39], finished=regime)
             state = search.init(batch)
             for _ in range(2):
                 seen.append(search.step(state, x, allowed))
-    for moves, want in zip(seen[:4], seen[4:], strict=True):
+    for moves, want in zip(seen[: len(seen) // 2], seen[len(seen) // 2 :], strict=True):
         for field, wanted in zip(moves, want, strict=True):
             assert torch.equal(field, wanted)
 

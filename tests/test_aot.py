@@ -78,36 +78,45 @@ LISTING = """
 		Function : _example_kernel
         /*0000*/                   S2R R0, SR_TID.X ;
         /*0010*/               @P0 EXIT ;
-        /*0020*/              @!P1 BRA 0x50 ;
+        /*0020*/              @!P1 BRA 0x60 ;
         /*0030*/              @!P2 LDG.E.128 R4, desc[UR8][R2.64] ;
-        /*0040*/                   BRA 0x60 ;
-        /*0050*/                   LDG.E.128 R4, desc[UR8][R2.64] ;
-        /*0060*/                   MUFU.EX2 R4, R4 ;
-        /*0070*/                   BRA.DIV UR11, 0x100 ;
-        /*0080*/              @!P3 BRA 0xa0 ;
-        /*0090*/                   MUFU.EX2 R5, R5 ;
-        /*00a0*/               @P4 BRA 0xc0 ;
-        /*00b0*/                   STG.E desc[UR8][R6.64], R4 ;
-        /*00c0*/              @!P5 BRA 0x20 ;
-        /*00d0*/                   NOP ;
-        /*00e0*/                   EXIT ;
-        /*00f0*/                   BRA 0xf0;
-        /*0100*/                   BRA 0x80 ;
+        /*0040*/              @!P3 LDG.E.128 R8, desc[UR8][R2.64+0x200] ;
+        /*0050*/                   BRA 0x80 ;
+        /*0060*/                   LDG.E.128 R4, desc[UR8][R2.64] ;
+        /*0070*/                   LDG.E.128 R8, desc[UR8][R2.64+0x200] ;
+        /*0080*/                   MUFU.EX2 R4, R4 ;
+        /*0090*/                   BRA.DIV UR11, 0x130 ;
+        /*00a0*/              @!P3 BRA 0xc0 ;
+        /*00b0*/                   MUFU.EX2 R5, R5 ;
+        /*00c0*/               @P4 BRA 0xe0 ;
+        /*00d0*/                   STG.E desc[UR8][R6.64], R4 ;
+        /*00e0*/              @!P5 BRA 0x20 ;
+        /*00f0*/                   NOP ;
+        /*0100*/                   NOP ;
+        /*0110*/                   EXIT ;
+        /*0120*/                   BRA 0x120;
+        /*0130*/                   BRA 0xa0 ;
 """
 
 
 def test_path_takes_the_full_tile_and_leaves_out_the_cold_blocks():
     path = streaming_path(parse(LISTING))
-    assert path.tile == {"BRA": 4, "BRA.DIV": 1, "LDG.E.128": 1, "MUFU.EX2": 1, "STG.E": 1}
-    assert path.once == {"S2R": 1, "EXIT": 2, "NOP": 1}
-    assert path.tile_load_bytes == 16
-    assert path.executed(tiles=4) == 4 + 4 * 8
+    assert path.tile == {"BRA": 4, "BRA.DIV": 1, "LDG.E.128": 2, "MUFU.EX2": 1, "STG.E": 1}
+    assert path.once == {"S2R": 1, "EXIT": 2, "NOP": 2}
+    assert path.tile_load_bytes == 32
+    assert path.executed(tiles=4) == 5 + 4 * 9
+
+
+def test_path_takes_the_full_tile_where_its_loads_share_a_guard():
+    path = streaming_path(parse(LISTING.replace("           LDG.E.128", "      @!P1 LDG.E.128")))
+    assert path.tile["LDG.E.128"] == 2
+    assert path.tile_load_bytes == 32
 
 
 def test_path_refuses_what_it_cannot_follow():
     with pytest.raises(ValueError, match="cannot follow BRX"):
-        streaming_path(parse(LISTING.replace("BRA 0x60", "BRX R4 -0x60")))
+        streaming_path(parse(LISTING.replace("BRA 0x80", "BRX R4 -0x80")))
     with pytest.raises(ValueError, match="expected one function, got"):
         parse(LISTING * 2)
     with pytest.raises(ValueError, match="expected one loop around the loads, got 0"):
-        streaming_path(parse(LISTING.replace("@!P5 BRA 0x20", "@!P5 BRA 0xe0")))
+        streaming_path(parse(LISTING.replace("@!P5 BRA 0x20", "@!P5 BRA 0xf0")))

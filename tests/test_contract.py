@@ -523,6 +523,20 @@ def test_in_place_frozen_hypotheses_move_between_slots():
     assert state.all_done()
 
 
+@pytest.mark.parametrize(("eos", "a"), [(3, 1), (1, 3)])
+def test_in_place_a_frozen_hypothesis_ties_as_its_slots_candidate(eos, a):
+    """Token a or EOS, evenly, then surely token 2: equal scores, so the order of the slots stays."""
+    first, then = torch.full((1, 4), -math.inf), torch.full((2, 4), -math.inf)
+    first[0, [a, eos]], then[:, 2] = 0.0, 0.0
+    search = make(beam_size=2, max_length=4, eos_id=eos, length_penalty=0.0, finished="in_place")
+    state = search.init(batch_size=1, device="cpu")
+    search.step(state, first)
+    for _ in range(2):
+        step = search.step(state, then)
+        assert step.parents[0].tolist() == [0, 1] and step.source_rows.tolist() == [0, 1]
+        assert step.tokens[0].tolist() == ([2, 0] if a < eos else [0, 2])
+
+
 def test_uniform_logits_take_the_first_parent_and_the_lowest_tokens():
     model = logits_model([torch.zeros(1, 4)] * 3)
     search = make(beam_size=3, max_length=2, eos_id=3, length_penalty=0.0)

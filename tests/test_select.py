@@ -66,14 +66,14 @@ def by_sorting(logits, log_probs, lse, vocab_size, k, bitmask=None, temperature=
     return out
 
 
-def check(logits, log_probs, k, device, vocab_size=None, kernel=True, **options):
+def check(logits, log_probs, k, device, vocab_size=None, kernel=True, lse_error=0.0, **options):
     """Definition and kernel, given one summary, both equal to sorting. Returns what they agree on."""
     vocab_size = logits.shape[1] if vocab_size is None else vocab_size
     values = [options.get(name) for name in OPTIONS]
     bitmask, temperature, exclude, _ = values
     tiles = Tiles(*summarize_op(logits, vocab_size, bitmask, temperature, None, exclude, False, False))
     group_max, tile_max = tiles.group_max, tiles.tile_max
-    lse, _ = row_lse_op(tiles.tile_ref, tiles.tile_sum, temperature)
+    lse = row_lse_op(tiles.tile_ref, tiles.tile_sum, temperature)[0] + lse_error
     want = by_sorting(logits, log_probs, lse, vocab_size, k, **options)
     results = [select_op(logits, log_probs, group_max, tile_max, lse, vocab_size, k, *values)]
     if kernel:
@@ -225,11 +225,11 @@ def test_invalid_parents_have_no_candidates(device):
 
 
 def test_log_probs_never_exceed_their_parent(device):
-    """lse may round below the largest logit; the increment is cut at 0."""
-    logits, log_probs = torch.full((1, 70), -30.0), torch.tensor([[-0.125]])
-    logits[0, 9] = 16.0
-    got, _, _, _ = check(logits, log_probs, 3, device)
-    assert got[0, 0] == -0.125
+    """A log-sum-exp may round below the largest logit; increments are cut at 0, and then the larger logit is first."""
+    logits, log_probs = torch.full((2, 70), -30.0), torch.tensor([[-0.125, -0.125]])
+    logits[0, 9], logits[0, 3], logits[1, 2] = 16.0, 15.9, 0.0
+    got, parents, tokens, _ = check(logits, log_probs, 3, device, lse_error=-2.0)
+    assert got.tolist() == [[-0.125] * 3] and parents.tolist() == [[0, 0, 1]] and tokens.tolist() == [[9, 3, 2]]
 
 
 def test_columns_past_the_vocabulary_and_masked_tokens_are_never_chosen(device):
