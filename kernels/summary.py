@@ -167,7 +167,13 @@ def _new_tiles(logits: Tensor, vocab_size: int, mass: bool) -> Tiles:
 
 
 def _exclude_tokens(
-    out: Tiles, logits: Tensor, vocab_size: int, bitmask: Tensor | None, active: Tensor | None, tokens: list[int]
+    out: Tiles,
+    logits: Tensor,
+    vocab_size: int,
+    bitmask: Tensor | None,
+    temperature: Tensor | None,
+    active: Tensor | None,
+    tokens: list[int],
 ) -> None:
     """Take ``tokens`` out of the candidates: correct the groups they touch."""
     for token in tokens:
@@ -179,7 +185,12 @@ def _exclude_tokens(
             barred |= ~active[:, None]
         if bitmask is not None:
             barred |= ~bits_at(bitmask, slice(None), members)
-        out.group_max[:, tile, column] = x.masked_fill(barred, -torch.inf).amax(-1)
+        x = x.masked_fill(barred, -torch.inf)
+        out.group_max[:, tile, column] = x.amax(-1)
+        if out.group_mass.shape[1] > 0:
+            weight = x.float() - x.amax(-1, keepdim=True).float().clamp(-_MOST, _MOST)
+            scale = _LOG2E if temperature is None else (_LOG2E / temperature)[:, None]
+            out.group_mass[:, tile, column] = weight.mul_(scale).exp2_().sum(-1)
     for tile in {token // TILE for token in tokens}:
         out.tile_max[:, tile] = out.group_max[:, tile].amax(-1)
 
@@ -210,7 +221,7 @@ def _summarize(
         _fill(out, dirty, clean, vocab_size, bitmask, temperature, renormalize, mass)
         out.tile_sum.copy_(torch.where(nan, -out.tile_sum.clamp(min=1.0), out.tile_sum))
     if exclude is not None:
-        _exclude_tokens(out, logits, vocab_size, bitmask, active, exclude.tolist())
+        _exclude_tokens(out, logits, vocab_size, bitmask, temperature, active, exclude.tolist())
     return out
 
 

@@ -262,21 +262,25 @@ def test_strided_rows(regime, compared, monkeypatch):
 def test_rows_beyond_2_31_elements(regime, monkeypatch):
     """The stride itself fits int32, so only the casts of row and parent keep the products from wrapping."""
     logits, bits = far_apart(6, 40, 2**29 + 8), far_apart(6, 2, 2**29 + 8, torch.int32)
-    near = torch.randn(6, 40).bfloat16()
-    mask = pack_bitmask(torch.rand(6, 40) < 0.9)
+    near, allowed = torch.randn(6, 40).bfloat16() * 0.1, torch.ones(6, 40, dtype=torch.bool)
+    near[4:, 3] += 6.0  # likely to end where offsets exceed 2**31, so that the EOS columns read there decide
+    near[4:, 39] += 7.0
+    allowed[4:, 39] = False
+    mask = pack_bitmask(allowed)
     logits.copy_(near)
     bits.copy_(mask)
     seen = []
     # a copy to compare with would be dense, so the kernel steps one state and the definition another
-    for op, x, allowed in ((LAUNCHERS[regime], logits, bits), (DEFINITIONS[regime], near, mask)):
+    for op, x, words in ((LAUNCHERS[regime], logits, bits), (DEFINITIONS[regime], near, mask)):
         monkeypatch.setattr(MODULES[regime], "_op", op)
         for batch in (1, 3):
             search = fb.BeamSearch(6 // batch, 3, [3, 39], finished=regime)
             state = search.init(batch)
             for _ in range(2):
-                seen.append(search.step(state, x, allowed))
-    for moves, want in zip(seen[: len(seen) // 2], seen[len(seen) // 2 :], strict=True):
-        for field, wanted in zip(moves, want, strict=True):
+                search.step(state, x, words)
+            seen.append([*state.slots, *state.pool])
+    for fields, want in zip(seen[:2], seen[2:], strict=True):
+        for field, wanted in zip(fields, want, strict=True):
             assert torch.equal(field, wanted)
 
 

@@ -253,8 +253,9 @@ def launch_advance_in_place_(
         HAS_BITMASK=bitmask is not None,
         HAS_TEMPERATURE=temperature is not None,
         N_EOS=n_eos,
-        BLOCK=64 if wide else 32,
+        BLOCK=32,
         BLOCK_K=triton.next_power_of_2(beams),
         num_warps=8 if wide else 2,
+        enable_fp_fusion=False,
     )
     return out

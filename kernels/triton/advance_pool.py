@@ -11,12 +11,42 @@ from .keys import pack_key, token_log_prob
 
 
 @triton.jit
+def _count_before(
+    scores_ptr, counts_ptr, size, others_ptr, n_others, STABLE: tl.constexpr, ADD: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Count, for each of ``size`` scores, the other scores that go before it.
+
+    Those are the greater ones and, if ``STABLE``, equal ones at an earlier place; if ``ADD``, all equal ones, and the
+    count is added to what is there.
+    """
+    for start in range(0, size, BLOCK):
+        place = start + tl.arange(0, BLOCK)
+        inside = place < size
+        score = tl.load(scores_ptr + place, mask=inside, other=0.0)[:, None]
+        count = tl.zeros([BLOCK], tl.int32)
+        for other_start in range(0, n_others, BLOCK):
+            other_place = other_start + tl.arange(0, BLOCK)
+            other = tl.load(others_ptr + other_place, mask=other_place < n_others, other=-float("inf"))[None, :]
+            before = other > score
+            if STABLE:
+                before = before | ((other == score) & (other_place[None, :] < place[:, None]))
+            if ADD:
+                before = before | (other == score)
+            count += tl.sum(before.to(tl.int32), 1)
+        if ADD:
+            count += tl.load(counts_ptr + place, mask=inside, other=0)
+        tl.store(counts_ptr + place, count, mask=inside)
+
+
+@triton.jit
 def _collect(
     # the request's new hypotheses, by rank within the step
     new,  # i32 [BLOCK_K], place among the EOS candidates; -1 for none
     end_log_probs_ptr,
     end_increments_ptr,
     new_scores_ptr,  # *f32 [K], scratch
+    shift_ptr,  # *i32 [F], scratch
+    to_ptr,  # *i32 [K], scratch
     eos_ptr,
     # the request's pool
     scores_ptr,
@@ -66,19 +96,13 @@ def _collect(
         tl.store(new_scores_ptr + rank, new_scores, mask=rank < beams)
         tl.debug_barrier()
         # the pool is in order of score, and what was there before goes first among equals
-        shifted = place
-        to = tl.zeros([BLOCK_K], tl.int32)
-        for start in range(0, beams, BLOCK):
-            other = start + tl.arange(0, BLOCK)
-            other_scores = tl.load(new_scores_ptr + other, mask=other < beams, other=-float("inf"))[None, :]
-            shifted += tl.sum((other_scores > scores[:, None]).to(tl.int32), 1)
-            tie = (other_scores == new_scores[:, None]) & (other[None, :] < rank[:, None])
-            to += tl.sum(((other_scores > new_scores[:, None]) | tie).to(tl.int32), 1)
-        for start in range(0, places, BLOCK):
-            other = start + tl.arange(0, BLOCK)
-            other_scores = tl.load(scores_ptr + other, mask=other < places, other=-float("inf"))[None, :]
-            to += tl.sum((other_scores >= new_scores[:, None]).to(tl.int32), 1)
+        _count_before(scores_ptr, shift_ptr, places, new_scores_ptr, beams, False, False, BLOCK)
+        _count_before(new_scores_ptr, to_ptr, beams, new_scores_ptr, beams, True, False, BLOCK)
         tl.debug_barrier()
+        _count_before(new_scores_ptr, to_ptr, beams, scores_ptr, places, False, True, BLOCK)
+        tl.debug_barrier()
+        shifted = place + tl.load(shift_ptr + place, mask=inside, other=0)
+        to = tl.load(to_ptr + rank, mask=rank < beams, other=0)
         stays = held & (shifted < width)
         tl.store(scores_ptr + shifted, scores, mask=stays)
         tl.store(log_probs_ptr + shifted, log_probs, mask=stays)
@@ -148,7 +172,7 @@ def _advance_pool_kernel(
     # scratch
     keys_ptr,  # *i64 [B, 2, K + E]
     floats_ptr,  # *f32 [B, 2 * E + K]
-    ints_ptr,  # *i32 [B, 2 * K + E]
+    ints_ptr,  # *i32 [B, 3 * K + E + F]
     # sizes and strides, in elements
     batch,
     beams,
@@ -197,7 +221,7 @@ def _advance_pool_kernel(
         second_ptr = first_ptr + beams + n_ends
         end_log_probs_ptr = floats_ptr + request * (2 * n_ends + beams)
         end_increments_ptr = end_log_probs_ptr + n_ends
-        all_ranks_ptr = ints_ptr + request * (2 * beams + n_ends)
+        all_ranks_ptr = ints_ptr + request * (3 * beams + n_ends + places)
         by_rank_ptr = all_ranks_ptr + beams + n_ends
         tl.store(first_ptr + slot, pack_key(log_prob, parent), mask=inside)
         tl.store(second_ptr + slot, pack_key(adjusted, token), mask=inside)
@@ -242,6 +266,8 @@ def _advance_pool_kernel(
                 end_log_probs_ptr,
                 end_increments_ptr,
                 end_increments_ptr + n_ends,
+                by_rank_ptr + beams,
+                by_rank_ptr + beams + places,
                 eos_ptr,
                 pool_scores_ptr + pool,
                 pool_log_probs_ptr + pool,
@@ -339,7 +365,7 @@ def launch_advance_pool_(
     device = logits.device
     keys = torch.empty(batch, 2, beams + n_ends, dtype=torch.int64, device=device)
     floats = torch.empty(batch, 2 * n_ends + beams, dtype=torch.float32, device=device)
-    ints = torch.empty(batch, 2 * beams + n_ends, dtype=torch.int32, device=device)
+    ints = torch.empty(batch, 3 * beams + n_ends + places, dtype=torch.int32, device=device)
     wide = beams > 64
     _advance_pool_kernel[(batch,)](
         logits,
@@ -369,9 +395,10 @@ def launch_advance_pool_(
         N_EOS=n_eos,
         BY_ARRIVAL=by_arrival,
         EXACT=exact,
-        BLOCK=64 if wide else 32,
+        BLOCK=32,
         BLOCK_K=triton.next_power_of_2(beams),
         BLOCK_F=triton.next_power_of_2(places),
         num_warps=8 if wide else 2,
+        enable_fp_fusion=False,
     )
     return out

@@ -60,5 +60,6 @@ def launch_row_lse(tile_ref: Tensor, tile_sum: Tensor, temperature: Tensor | Non
             HAS_TEMPERATURE=temperature is not None,
             BLOCK_N=triton.next_power_of_2(tiles),
             num_warps=1,
+            enable_fp_fusion=False,
         )
     return lse, flags

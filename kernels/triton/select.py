@@ -261,7 +261,7 @@ def launch_select(
     scratch = max(parents * tiles, kept_tiles * GROUPS, kept_groups * GROUP_SIZE)
     keys = torch.empty(batch, 2, scratch, dtype=torch.int64, device=logits.device)
     places = torch.empty(batch, 3, k + GROUPS - 1, dtype=torch.int32, device=logits.device)
-    wide = k > 64  # a wide beam has enough candidates to keep eight warps busy
+    wide = k > 64  # a wide beam has enough candidates to keep sixteen warps busy
     _select_kernel[(batch,)](
         logits,
         log_probs,
@@ -287,8 +287,9 @@ def launch_select(
         HAS_TEMPERATURE=temperature is not None,
         N_EXCLUDE=0 if exclude is None else exclude.shape[0],
         HAS_DIVISOR=divisor is not None,
-        BLOCK=4096 if wide else 1024,
+        BLOCK=4096 if wide else 512,
         BLOCK_RANK=64 if wide else 32,
-        num_warps=8 if wide else 4,
+        num_warps=16 if wide else 2,
+        enable_fp_fusion=False,
     )
     return out

@@ -1,23 +1,20 @@
-"""The streaming pass, and the log-sum-exp of rows from their tiles.
+"""The streaming pass over the logits.
 
-One warp owns a tile at a time and keeps all of it in registers, so a tile needs no barrier and no shared memory: group
-maxima are reduced inside a lane, then over the few lanes that hold the same columns.
+One warp owns a tile at a time and keeps all of it in registers: group maxima are reduced inside a lane, then over the
+few lanes that hold the same columns, and no other warp is ever waited for.
 """
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..lse import FLAG_INF, FLAG_NAN
 from ..summary import GROUP_SIZE, GROUPS, TILE, Tiles, _new_tiles
 
 _LOG2E = tl.constexpr(1.4426950408889634)
 _R = tl.constexpr(GROUP_SIZE)
 _C = tl.constexpr(GROUPS)
 _TILE = tl.constexpr(TILE)
-_NAN = tl.constexpr(FLAG_NAN)
-_INF = tl.constexpr(FLAG_INF)
-TILES_PER_PROGRAM = 4  # amortises the prologue over 8192 tokens
+TILES_PER_PROGRAM = 2  # 1 adds a twentieth of the instructions; 4 leaves most of a GPU idle on few rows
 
 
 @triton.jit
@@ -33,6 +30,29 @@ def _sum_exp2(x, ref, scale):
 def _finite(x):
     """``x`` where it is finite, else 0: -inf - -inf would be NaN."""
     return tl.where(tl.abs(x) == float("inf"), 0.0, x)
+
+
+@triton.jit
+def _as_float(raw):
+    """float32 of logits as loaded; for bfloat16 by a shift, which costs one instruction where a cast costs two."""
+    if raw.dtype == tl.bfloat16:
+        return (raw.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    return raw.to(tl.float32)
+
+
+@triton.jit
+def _allowed(x, bits_ptr, start, words):
+    """``x [R, C]`` of the tile at ``start``, -inf where the bitmask bars the token."""
+    word = tl.arange(0, _R)[:, None] * (_C // 32) + tl.arange(0, _C // 32)[None, :]
+    bits = tl.load(bits_ptr + start // 32 + word, mask=start // 32 + word < words, other=0)
+    bits = tl.reshape(tl.broadcast_to(bits[:, :, None], [_R, _C // 32, 32]), [_R, _C])  # the word of each token
+    return tl.where(((bits >> (tl.arange(0, _C) % 32)[None, :]) & 1) != 0, x, -float("inf"))
+
+
+@triton.jit
+def _mass(candidates, group_max, scale):
+    """Sum of exponentials of each group, relative to its maximum."""
+    return tl.sum(tl.exp2((candidates - _finite(group_max)[None, :]) * scale), 0)
 
 
 @triton.jit
@@ -88,43 +108,63 @@ def _summarize_kernel(
         start = tile * _TILE
         tokens = start + inside
         if live:
+            # converted in each branch: 16-bit values that pass a join are unpacked at the cost of one more instruction
             if start + _TILE <= vocab_size:
-                raw = tl.load(x_ptr + tokens)
+                x = _as_float(tl.load(x_ptr + tokens))
             else:
-                raw = tl.load(x_ptr + tokens, mask=tokens < vocab_size, other=-float("inf"))
-            x = raw.to(tl.float32)
+                x = _as_float(tl.load(x_ptr + tokens, mask=tokens < vocab_size, other=-float("inf")))
             candidates = x
             if HAS_BITMASK:
-                word = start // 32 + tl.arange(0, _TILE // 32)
-                bits = tl.load(bits_ptr + word, mask=word < words, other=0)
-                bits = (tl.reshape(bits, [_R, _C // 32, 1]) >> tl.arange(0, 32)[None, None, :]) & 1
-                candidates = tl.where(tl.reshape(bits, [_R, _C]) != 0, x, -float("inf"))
+                candidates = _allowed(x, bits_ptr, start, words)
                 if RENORMALIZE:
                     x = candidates
-            for i in tl.static_range(N_EXCLUDE):
-                token = tl.load(exclude_ptr + i).to(tl.int32)
-                if token // _TILE == tile:
-                    candidates = tl.where(tokens == token, -float("inf"), candidates)
             group_max = tl.max(candidates, 0)  # [C]
             tile_max = tl.max(group_max, 0)
             ref = tile_max
-            if (HAS_BITMASK and not RENORMALIZE) or N_EXCLUDE > 0:
+            if HAS_BITMASK and not RENORMALIZE:
                 ref = tl.max(tl.max(x, 0), 0)
             total = _sum_exp2(x, _finite(ref), scale)
-            if total != total:  # a NaN or +inf among the logits: rare, so the loop above does not look for them
+            if MASS:
+                mass = _mass(candidates, group_max, scale)
+            if total != total:  # a NaN among the logits, or one beyond 2**127: rare, so nothing above looks for them
+                # read again: keeping the tile for this branch would cost registers everywhere
+                x = _as_float(tl.load(x_ptr + tokens, mask=tokens < vocab_size, other=-float("inf")))
+                candidates = x
+                if HAS_BITMASK:
+                    candidates = _allowed(x, bits_ptr, start, words)
+                    if RENORMALIZE:
+                        x = candidates
                 faults = tl.sum(tl.sum((x != x).to(tl.int32), 0), 0)
                 x = tl.where(x == x, x, -float("inf"))
                 candidates = tl.where(candidates == candidates, candidates, -float("inf"))
                 group_max = tl.max(candidates, 0)
                 tile_max = tl.max(group_max, 0)
                 ref = tl.max(tl.max(x, 0), 0)
-                total = _sum_exp2(x, _finite(ref), scale)
+                total = tl.sum(tl.sum(tl.exp2((x - _finite(ref)) * scale), 0), 0)
                 if faults > 0:
                     total = -tl.maximum(total, 1.0)
+                if MASS:
+                    mass = _mass(candidates, group_max, scale)
+            for i in tl.static_range(N_EXCLUDE):
+                token = tl.load(exclude_ptr + i).to(tl.int32)
+                if token // _TILE == tile:  # take its group again, without the excluded tokens
+                    members = start + token % _C + tl.arange(0, _R) * _C
+                    candidate = members < vocab_size
+                    if HAS_BITMASK:
+                        bits = tl.load(bits_ptr + members // 32, mask=candidate, other=0)
+                        candidate = candidate & (((bits >> (members % 32)) & 1) != 0)
+                    for j in tl.static_range(N_EXCLUDE):
+                        candidate = candidate & (members != tl.load(exclude_ptr + j).to(tl.int32))
+                    member = _as_float(tl.load(x_ptr + members, mask=candidate, other=-float("inf")))
+                    member = tl.where(member == member, member, -float("inf"))
+                    here = columns == token % _C
+                    top = tl.max(member, 0)
+                    group_max = tl.where(here, top, group_max)
+                    tile_max = tl.max(group_max, 0)
+                    if MASS:
+                        mass = tl.where(here, tl.sum(tl.exp2((member - _finite(top)) * scale), 0), mass)
             if MASS:
-                finite_max = _finite(group_max)
-                weight = tl.exp2((candidates - finite_max[None, :]) * scale)
-                tl.store(group_mass_ptr + tile * _C + columns, tl.sum(weight, 0))
+                tl.store(group_mass_ptr + tile * _C + columns, mass)
             out_type = group_max_ptr.dtype.element_ty
             tl.store(group_max_ptr + tile * _C + columns, group_max.to(out_type))
             tl.store(tile_max_ptr + tile, tile_max.to(out_type))
@@ -174,5 +214,6 @@ def launch_summarize(
         MASS=mass,
         TILES=TILES_PER_PROGRAM,
         num_warps=1,
+        enable_fp_fusion=False,  # where an fma is meant, it is written
     )
     return out
