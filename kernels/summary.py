@@ -176,6 +176,7 @@ def _exclude_tokens(
     tokens: list[int],
 ) -> None:
     """Take ``tokens`` out of the candidates: correct the groups they touch."""
+    tokens = [token for token in tokens if token < vocab_size]
     for token in tokens:
         tile, column = token // TILE, token % GROUPS
         members = torch.arange(tile * TILE + column, min((tile + 1) * TILE, vocab_size), GROUPS, device=logits.device)
@@ -296,7 +297,7 @@ def summarize(
         bitmask: ``[R, ceil(V / 32)]`` int32, bit ``j % 32`` of word ``j // 32`` set where token ``j`` may be chosen.
         temperature: ``[R]`` float32 above 0; divides the logits in the sums. The maxima are of the logits as given.
         active: ``[R]`` bool; rows that are not are not read and have no candidates, lse ``-inf`` and no flags.
-        exclude: ``[n]`` int64 tokens inside the vocabulary that are normalised over but are no candidates.
+        exclude: ``[n]`` int64 tokens that are normalised over but are no candidates.
         normalize: ``"vocab"``: sums run over the whole vocabulary; ``"allowed"``: over what the bitmask allows.
         vocab_size: columns from here on are padding and never read.
         mass: also return each group's sum of exponentials over its candidates.

@@ -448,6 +448,36 @@ def test_width_per_request_and_excluded_tokens_and_padding(V):
             assert torch.equal(x, y)
 
 
+@pytest.mark.parametrize("normalize", ["vocab", "allowed"])
+@pytest.mark.parametrize("V", [40, 3000, 9000])
+def test_excluded_tokens_beside_masked_ones(V, normalize):
+    """The best tokens are masked, and neighbours of theirs excluded: neither may speak for what lies around it."""
+    rng = np.random.default_rng(V)
+    B, K = 12, 2
+    logits = rng.normal(size=(B, K, V)).astype(F32) * 2
+    allowed = rng.random((B, K, V)) < 0.5
+    logits[~allowed] += 3
+    gone = np.unique(rng.integers(0, V, min(V // 3, 150)))
+    mask = packed(allowed.reshape(B * K, V))
+    flat, log_probs = torch.from_numpy(logits.reshape(B * K, V)), parents_of("random", B, K, rng)
+    lse = topk_log_probs(flat, 1, bitmask=mask, normalize=normalize).lse.numpy().reshape(B, K)
+    for k in (1, 2, 9):
+        got = select_beams(
+            flat,
+            torch.from_numpy(log_probs),
+            k,
+            bitmask=mask,
+            exclude=torch.from_numpy(gone),
+            normalize=normalize,
+        )
+        for b in range(B):
+            free = allowed[b] & ~np.isin(np.arange(V), gone)
+            want = select_by_sorting(logits[b], log_probs[b], lse[b], k, free)
+            assert np.array_equal(got.log_probs[b].numpy(), want.log_probs)
+            assert np.array_equal(got.tokens[b].numpy()[want.valid], want.tokens[want.valid])
+            assert np.array_equal(got.parents[b].numpy()[want.valid], want.parents[want.valid])
+
+
 VALUES = st.sampled_from([-np.inf, np.nan, np.inf, -0.0, 0.0, 1.0, 1.0 + 2.0**-20, -1.0, 2.0, 2.0 + 2.0**-21, -50.0])
 PLAIN = st.sampled_from([-np.inf, -0.0, 0.0, 1.0, 1.0 + 2.0**-20, -1.0, 2.0, 2.0 + 2.0**-21, -50.0])
 SCORES = st.sampled_from([0.0, -1.0, -1.0 - 2.0**-20, -1000.0, -1e6, -np.inf])

@@ -366,7 +366,7 @@ def launch_advance_pool_(
     keys = torch.empty(batch, 2, beams + n_ends, dtype=torch.int64, device=device)
     floats = torch.empty(batch, 2 * n_ends + beams, dtype=torch.float32, device=device)
     ints = torch.empty(batch, 3 * beams + n_ends + places, dtype=torch.int32, device=device)
-    wide = beams > 64
+    wide = beams > 16
     _advance_pool_kernel[(batch,)](
         logits,
         logits if bitmask is None else bitmask,
@@ -395,7 +395,7 @@ def launch_advance_pool_(
         N_EOS=n_eos,
         BY_ARRIVAL=by_arrival,
         EXACT=exact,
-        BLOCK=32,
+        BLOCK=32 if wide else 16,
         BLOCK_K=triton.next_power_of_2(beams),
         BLOCK_F=triton.next_power_of_2(places),
         num_warps=8 if wide else 2,

@@ -22,8 +22,9 @@ def _sum_exp2(x, ref, scale):
     """sum(exp((x - ref) / temperature)) with ``scale = log2(e) / temperature``: one fma and one ex2 an element."""
     shift = ref * scale
     total = tl.sum(tl.sum(tl.exp2(tl.fma(x, scale, -shift)), 0), 0)
-    # shift was rounded: fma(-ref, scale, shift) is its error, exactly
-    return total * tl.exp2(tl.fma(-ref, scale, shift))
+    error = tl.fma(-ref, scale, shift)  # exactly: shift was rounded
+    # beyond about 2**29 the error outgrows the range of exponents, and the caller must take the difference first
+    return tl.where(tl.abs(error) < 32.0, total * tl.exp2(error), float("nan"))
 
 
 @triton.jit
@@ -126,7 +127,7 @@ def _summarize_kernel(
             total = _sum_exp2(x, _finite(ref), scale)
             if MASS:
                 mass = _mass(candidates, group_max, scale)
-            if total != total:  # a NaN among the logits, or one beyond 2**127: rare, so nothing above looks for them
+            if total != total:  # a NaN among the logits, or huge ones: rare, so nothing above looks for them
                 # read again: keeping the tile for this branch would cost registers everywhere
                 x = _as_float(tl.load(x_ptr + tokens, mask=tokens < vocab_size, other=-float("inf")))
                 candidates = x
