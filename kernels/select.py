@@ -38,6 +38,7 @@ from .registration import register
 from .summary import GROUP_SIZE, GROUPS, TILE, summarize_op
 
 _WORST = torch.iinfo(torch.int64).min
+_TIES = 32  # how many candidates that tie are taken along rather than told apart
 
 
 class _Rows:
@@ -70,21 +71,25 @@ class _Rows:
 
 
 def _best(score: Tensor, n: int, keys: Callable[[], tuple[Tensor, Tensor]]) -> Tensor:
-    """Positions ``[B, n]``, ascending, of the ``n`` best of ``M`` candidates, by score ``[B, M]`` and then by keys.
+    """Positions, in any order, that include the ``n`` best of ``M`` candidates, by score ``[B, M]`` and then by keys.
 
-    ``keys`` makes the two keys ``[B, M]`` of ``kernels/keys.py``, distinct as pairs; most often scores suffice.
+    A few more than ``n`` come along where scores tie, which is cheaper than asking ``keys`` for the two keys ``[B, M]``
+    of ``kernels/keys.py`` (distinct as pairs); only a long run of ties makes that worth while.
     """
     batch, size = score.shape
     if n >= size:
         return torch.arange(size, device=score.device).expand(batch, size)
-    chosen = score >= score.topk(n, sorted=False).values.amin(-1, keepdim=True)
-    if int(chosen.sum()) > n * batch:  # ties at the threshold
-        first, second = keys()
-        threshold = first.topk(n, sorted=False).values.amin(-1, keepdim=True)
-        chosen, above = first >= threshold, first > threshold
-        need = n - above.sum(-1, keepdim=True)
-        second = second.masked_fill(~(chosen & ~above), _WORST)
-        chosen = above | (chosen & (second >= second.topk(n).values.gather(-1, need - 1)))
+    most = min(n + _TIES, size)
+    values, place = score.topk(most)
+    count = int((values >= values[:, n - 1 : n]).sum(1).max()) if batch else n
+    if count < most or most == size:
+        return place[:, :count]
+    first, second = keys()
+    threshold = first.topk(n, sorted=False).values.amin(-1, keepdim=True)
+    chosen, above = first >= threshold, first > threshold
+    need = n - above.sum(-1, keepdim=True)
+    second = second.masked_fill(~(chosen & ~above), _WORST)
+    chosen = above | (chosen & (second >= second.topk(n).values.gather(-1, need - 1)))
     return chosen.nonzero()[:, 1].view(batch, n)
 
 
@@ -113,7 +118,7 @@ def _select(
     rows = _Rows(log_probs, lse, temperature, divisor)
 
     def narrow(score: Tensor, adjusted: Tensor, parent: Tensor, token: Tensor, n: int) -> Tensor:
-        """The ``n`` best of the members ``token [B, m, size]`` of parts in rows ``parent [B, m]``."""
+        """The ``n`` best, or some more, of the members ``token [B, m, size]`` of parts in rows ``parent [B, m]``."""
 
         def keys() -> tuple[Tensor, Tensor]:
             return pack_key(score, _members(parent, token.shape[2])), pack_key(adjusted, token.flatten(1))
@@ -151,7 +156,7 @@ def _select(
     place = narrow(score, adjusted, parent, token, k)
     parent, token = parent.gather(1, place // GROUP_SIZE), token.flatten(1).gather(1, place)
     score, adjusted, log_prob = (field.gather(1, place) for field in (score, adjusted, log_prob))
-    order = _in_order(score, adjusted, parent, token)
+    order = _in_order(score, adjusted, parent, token)[:, :k]
     log_prob, parent, token, adjusted = (field.gather(1, order) for field in (log_prob, parent, token, adjusted))
 
     # places without a candidate: ids in range, and equal to what the kernel writes
@@ -159,7 +164,7 @@ def _select(
     if bool(invalid.any()):
         parent, token = parent.masked_fill(invalid, 0), token.masked_fill(invalid, 0)
         adjusted = adjusted.masked_fill(invalid, -torch.inf)
-    missing = k - place.shape[1]
+    missing = k - log_prob.shape[1]
     if missing > 0:
         pad = torch.nn.functional.pad
         log_prob, adjusted = (pad(field, (0, missing), value=-torch.inf) for field in (log_prob, adjusted))

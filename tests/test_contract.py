@@ -1064,15 +1064,20 @@ def test_one_faulty_row_kills_one_beam_only(finished):
 def test_rows_of_invalid_and_finished_slots_are_never_read(finished):
     """Whatever the model says for a slot without a live beam changes neither results nor flags."""
     lm, K = Lattice(), 3
-    common = {"beam_size": K, "max_length": 5, "finished": finished}
-    own = [{"penalty": Power(0.0), "min_length": 0}, {"penalty": Power(2.0), "min_length": 3}]
+    common = {"beam_size": K, "finished": finished}
+    own = [  # the second ends by its rule, the third at its max_length with live beams, both before the first
+        {"penalty": Power(2.0), "min_length": 3, "max_length": 5},
+        {"penalty": Power(0.0), "min_length": 0, "max_length": 5},
+        {"penalty": Power(1.0), "min_length": 2, "max_length": 2},
+    ]
     naive = [naive_search(lm.logits, 9, eos=[E], **common, **o) for o in own]
-    assert {n.steps for n in naive} == {3, 4} or len({n.steps for n in naive}) > 1
-    search = make(**common, eos_id=E, length_penalty=[0.0, 2.0], min_length=[0, 3])
-    clean, state, _trace = run(search, lm, [9, 9])
-    for b in range(2):
+    assert naive[0].steps > naive[1].steps > naive[2].steps == 2
+    lists = {name: [o[name] for o in own] for name in ("min_length", "max_length")}
+    search = make(**common, eos_id=E, length_penalty=[o["penalty"].alpha for o in own], **lists)
+    clean, state, _ = run(search, lm, [9, 9, 9])
+    for b in range(3):
         matches_naive(clean, b, naive[b])
-    assert state.flags.tolist() == [0, 0]
+    assert state.flags.tolist() == [0, 0, 0]
 
     def live(b, t, k):  # does slot k of request b hold a live beam after t steps?
         if t > len(naive[b].trace) or naive[b].trace[t - 1].done:
@@ -1090,9 +1095,9 @@ def test_rows_of_invalid_and_finished_slots_are_never_read(finished):
                     logits[row] = value
             return logits, cache
 
-        hyps, other, _ = run(search, noisy, [9, 9])
+        hyps, other, _ = run(search, noisy, [9, 9, 9])
         same_hyps(hyps, clean)
-        assert other.flags.tolist() == [0, 0]
+        assert other.flags.tolist() == [0, 0, 0]
 
 
 @pytest.mark.parametrize("finished", REGIMES)
