@@ -35,7 +35,7 @@ class Patience:
         positive_number("p", self.p)
 
     def quota(self, beam_size: int) -> int:
-        """``ceil(p * beam_size)``; the margin forgives products such as 1.1 * 10 that land just above an integer."""
+        """``ceil(p * beam_size)``; the margin forgives products such as 0.28 * 25 that land just above an integer."""
         return max(1, math.ceil(self.p * beam_size - 1e-9))
 
 

@@ -20,7 +20,7 @@ def merge_tiles(tile_ref: Tensor, tile_sum: Tensor, temperature: Tensor | None) 
     ref = tile_ref.float()
     top = ref.amax(-1)  # [R]
     # a row of -inf has no finite top to subtract; weights of +inf rows are discarded below
-    weight = ref - top.masked_fill(top.isinf(), 0.0)[:, None]
+    weight = ref - torch.where(top.abs() == torch.inf, 0.0, top)[:, None]
     if temperature is not None:
         weight.div_(temperature[:, None])
         top = top / temperature

@@ -32,10 +32,10 @@ from .checks import (
     check_tensor,
     contiguous,
 )
-from .keys import adjust, lexsort_descending, pack_key
+from .keys import lexsort_descending, pack_key
 from .lse import row_lse_op
 from .registration import register
-from .summary import GROUP_SIZE, GROUPS, TILE, summarize_op
+from .summary import GROUPS, TILE, summarize_op
 
 _WORST = torch.iinfo(torch.int64).min
 _TIES = 32  # how many candidates that tie are taken along rather than told apart
@@ -47,17 +47,18 @@ class _Rows:
     def __init__(self, log_probs: Tensor, lse: Tensor, temperature: Tensor | None, divisor: Tensor | None):
         batch, parents = log_probs.shape
         lse = lse.view(batch, parents)
-        finite = lse.isfinite()  # other rows have no candidates
-        self.log_probs = log_probs.masked_fill(~finite, -torch.inf)
-        self.lse = lse.masked_fill(~finite, 0.0)
+        finite = lse.abs() < torch.inf  # other rows have no candidates
+        self.log_probs = torch.where(finite, log_probs, -torch.inf)
+        self.lse = torch.where(finite, lse, 0.0)
         self.temperature = None if temperature is None else temperature.view(batch, parents)
         self.divisor = None if divisor is None else divisor[:, None]
 
     def adjust(self, x: Tensor, parent: Tensor) -> Tensor:
         """Adjusted logits ``[B, n * m]`` of logits ``x [B, n, m]`` in rows ``parent [B, n]``."""
-        return adjust(x, None if self.temperature is None else self.temperature.gather(1, parent)[:, :, None]).flatten(
-            1
-        )
+        adjusted = x.float()
+        if self.temperature is not None:
+            adjusted = adjusted / self.temperature.gather(1, parent)[:, :, None]
+        return adjusted.flatten(1)
 
     def log_prob(self, adjusted: Tensor, parent: Tensor) -> Tensor:
         """Cumulative log-probabilities ``[B, n * m]`` of adjusted logits ``[B, n * m]`` in rows ``parent [B, n]``."""
@@ -142,7 +143,8 @@ def _select(
     parent, lowest = parent.gather(1, place // GROUPS), token.flatten(1).gather(1, place)
 
     # elements of groups
-    token = lowest[:, :, None] + torch.arange(0, TILE, GROUPS, device=device)
+    reach = min(TILE, -(-vocab_size // GROUPS) * GROUPS)  # a small vocabulary does not fill its groups
+    token = lowest[:, :, None] + torch.arange(0, reach, GROUPS, device=device)
     row = (parent + torch.arange(0, batch * parents, parents, device=device)[:, None])[:, :, None]
     barred = token >= vocab_size
     inside = token.clamp(max=vocab_size - 1)
@@ -150,11 +152,13 @@ def _select(
         barred |= ~bits_at(bitmask, row, inside)
     for excluded in [] if exclude is None else exclude:
         barred |= token == excluded
-    adjusted = rows.adjust(logits[row, inside].masked_fill(barred, -torch.inf), parent)
+    x = logits[row, inside]
+    barred |= x != x  # NaN counts as -inf
+    adjusted = rows.adjust(x.masked_fill_(barred, -torch.inf), parent)
     log_prob = rows.log_prob(adjusted, parent)
     score = rows.score(log_prob)
     place = narrow(score, adjusted, parent, token, k)
-    parent, token = parent.gather(1, place // GROUP_SIZE), token.flatten(1).gather(1, place)
+    parent, token = parent.gather(1, place // token.shape[2]), token.flatten(1).gather(1, place)
     score, adjusted, log_prob = (field.gather(1, place) for field in (score, adjusted, log_prob))
     order = _in_order(score, adjusted, parent, token)[:, :k]
     log_prob, parent, token, adjusted = (field.gather(1, order) for field in (log_prob, parent, token, adjusted))
@@ -246,7 +250,7 @@ def top_candidates(
         logits: ``[B, P, V]`` or ``[B * P, V]``.
         log_probs: ``[B, P]`` float32 of the parents; ``-inf`` marks a parent that is not expanded.
         k: candidates per request.
-        bitmask: ``[B * P, ceil(V / 32)]`` int32.
+        bitmask: ``[B * P, ceil(V / 32)]`` int32, or wider.
         temperature: ``[B * P]`` float32.
         active: ``[B * P]`` bool; other rows are not read.
         exclude: ``[n]`` int64; tokens that are normalised over but are no candidates.

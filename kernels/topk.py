@@ -54,7 +54,8 @@ def select_beams(
         log_probs: ``[B, P]`` float32, cumulative log-probabilities of the parents, natural log; ``-inf`` for an invalid
             one, which is not read.
         k: candidates per request, 1 or more.
-        bitmask: ``[B * P, ceil(V / 32)]`` int32, or ``[B, P, ...]``; a set bit allows its token. ``None`` allows all.
+        bitmask: ``[B * P, ceil(V / 32)]`` int32, or ``[B, P, ...]``; a set bit allows its token. Words behind
+            are ignored. ``None`` allows all.
         temperature: number above 0, or float32 ``[B]`` or ``[B * P]``; divides the logits.
         width: ``[B]`` int64; a request's candidates beyond its width are invalid. ``None`` means ``k``.
         exclude: ``[n]`` int64 tokens that are normalised over but are no candidates (for example EOS ids).
@@ -138,7 +139,8 @@ def topk_log_probs(
     Args:
         logits: ``[R, V]`` float32, float16 or bfloat16; unit stride over ``V``. Not modified.
         k: tokens per row, 1 or more.
-        bitmask: ``[R, ceil(V / 32)]`` int32; a set bit allows its token. ``None`` allows all.
+        bitmask: ``[R, ceil(V / 32)]`` int32; a set bit allows its token. Words behind
+            are ignored. ``None`` allows all.
         temperature: number above 0, or float32 ``[R]``; divides the logits.
         normalize: ``"vocab"``: masked tokens keep their share of the probability; ``"allowed"``: renormalise.
         vocab_size: columns from here on are padding and never read.

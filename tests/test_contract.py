@@ -1215,13 +1215,17 @@ def test_numbers_per_request_equal_separate_searches(stopping, finished):
         "length_penalty": [1.0, 0.0, 0.6, -0.5, 2.0],
     }
     common = {"eos_id": 6, "finished": finished, "stopping": library_stopping(stopping)}
-    together, _state, _ = run(make(**numbers, **common), lm, bos)
+    search = make(**numbers, **common)
+    together, state, _ = run(search, lm, bos)
+    more = search.finalize(state, num_hypotheses=9)
     well_formed(together, 5, 4, 7)
     tensors = {name: torch.tensor(values) for name, values in numbers.items()}
     same_hyps(run(make(**tensors, **common), lm, bos)[0], together)
     for b, s in enumerate(bos):
         own = {name: values[b] for name, values in numbers.items()}
-        alone, _, _ = run(make(**own, **common), lm, [s])
+        search = make(**own, **common)
+        alone, state, _ = run(search, lm, [s])
+        assert listed(search.finalize(state, num_hypotheses=9), 0) == listed(more, b)
         K, T = own["beam_size"], own["max_length"]
         for name in ("tokens", "token_log_probs"):
             assert torch.equal(getattr(together, name)[b, :K, :T], getattr(alone, name)[0]), name

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flashbeam.kernels import apply_bitmask_, backtrace, pack_bitmask, select_beams, topk_log_probs
+from flashbeam.kernels import apply_bitmask_, backtrace, pack_bitmask, select_beams, summarize, topk_log_probs
 from oracles import F32, NEG_INF, adjusted_logits, lse64, pack_by_hand, select_by_sorting
 
 SIZES = [1, 2, 31, 64, 100, 2047, 2048, 2049, 5000, 20000]
@@ -276,6 +276,27 @@ def test_rows_are_bitwise_the_same_in_any_batch_and_with_any_number_of_threads(V
                     assert torch.equal(x, y[b : b + 1])
             for x, y in zip(select_beams(logits, log_probs, 5), beams, strict=True):
                 assert torch.equal(x, y)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_where_threads_meet_changes_no_bit():
+    """All the weight of some rows lies where equal shares of the block end: there vector code ends in scalar code."""
+    rng = np.random.default_rng(0)
+    before = torch.get_num_threads()
+    try:
+        for V in (1024, 2048):
+            for threads in (2, 3, 5, 7):
+                for R in range(65, 128, 3):
+                    logits = np.full(R * V, -1e4, F32)
+                    share = -(-R * V // threads)
+                    for end in range(share, R * V, share):
+                        logits[end - 8 : end] = rng.normal(size=8)
+                    rows = torch.from_numpy(logits.reshape(R, V))
+                    torch.set_num_threads(1)
+                    alone = summarize(rows).lse
+                    torch.set_num_threads(threads)
+                    assert torch.equal(summarize(rows).lse, alone)
     finally:
         torch.set_num_threads(before)
 
