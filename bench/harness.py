@@ -46,10 +46,16 @@ class Ratio(NamedTuple):
 def interleave(
     cases: Mapping[str, Case], rounds: int, warmup: int = 2, clock: Callable[[], float] = time.perf_counter
 ) -> dict[str, list[float]]:
-    """Seconds of each call of each case, by name: ``rounds`` rounds of one call each, after ``warmup`` untimed ones."""
+    """Seconds of each call of each case, by name: ``rounds`` rounds of one call each, after ``warmup`` untimed ones.
+
+    The order is shuffled each round, so that no case always meets the caches and the heap that the same one left.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in cases}
+    shuffle = random.Random(0).shuffle
+    order = list(cases.items())
     for number in range(-warmup, rounds):
-        for name, case in cases.items():
+        shuffle(order)
+        for name, case in order:
             start = clock()
             case()
             if number >= 0:
