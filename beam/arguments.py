@@ -62,10 +62,12 @@ def finite_number(name: str, value: Any) -> float:
 
 
 def positive_number(name: str, value: Any) -> float:
-    """A check for finite numbers above 0, also in float32."""
+    """A check for finite numbers above 0 whose float32, and its inverse, are normal."""
     number = finite_number(name, value)
-    if not np.float32(number) > 0:
+    if not number > 0:
         raise ValueError(f"{name}: expected a number above 0, got {value}")
+    if not 1e-37 < number < 1e37:
+        raise ValueError(f"{name}: expected a number between 1e-37 and 1e37, got {value}")
     return number
 
 

@@ -37,27 +37,26 @@ def as_rows(state: "State", logits: Tensor, vocab_size: int | None, eos_ids: lis
         for name, token in [("pad_id", state.pad_id), *(("eos_id", token) for token in eos_ids)]:
             if token >= vocab_size:
                 raise ValueError(f"{name}: expected an id inside the vocabulary of {vocab_size}, got {token}")
-    rows = logits.detach().flatten(0, -2)
-    if columns > 1 and rows.stride(-1) != 1:
+    if columns > 1 and logits.stride(-1) != 1:
         raise ValueError(f"logits: expected unit stride in the last dimension, got strides {logits.stride()}")
-    return rows, vocab_size
+    return logits.detach().flatten(0, -2), vocab_size
 
 
-def as_bitmask(state: "State", bitmask: Tensor | None, rows: int, vocab_size: int) -> Tensor | None:
+def as_bitmask(state: "State", bitmask: Tensor, rows: int, vocab_size: int, name: str = "bitmask") -> Tensor:
     """A bitmask with one row per row of logits."""
-    if bitmask is None:
-        return None
     if not isinstance(bitmask, Tensor):
-        raise TypeError(f"bitmask: expected a tensor, got {type(bitmask).__name__}")
+        raise TypeError(f"{name}: expected a tensor, got {type(bitmask).__name__}")
     if bitmask.dtype != torch.int32:
-        raise TypeError(f"bitmask: expected int32, got {str(bitmask.dtype).removeprefix('torch.')}")
+        raise TypeError(f"{name}: expected int32, got {str(bitmask.dtype).removeprefix('torch.')}")
     if bitmask.device != state.device:
-        raise ValueError(f"bitmask: expected a tensor on {state.device}, got one on {bitmask.device}")
+        raise ValueError(f"{name}: expected a tensor on {state.device}, got one on {bitmask.device}")
     batch, words = state.batch_size, -(-vocab_size // 32)
     shapes = {(rows,), (batch, rows // batch), (batch,)}
     if tuple(bitmask.shape[:-1]) not in shapes or bitmask.shape[-1] < words:
         choice = " or ".join(str([*shape, words]) for shape in sorted(shapes, reverse=True))
-        raise ValueError(f"bitmask: expected shape {choice}, got {list(bitmask.shape)}")
+        raise ValueError(f"{name}: expected shape {choice}, got {list(bitmask.shape)}")
+    if words > 1 and bitmask.stride(-1) != 1:
+        raise ValueError(f"{name}: expected unit stride in the last dimension, got strides {bitmask.stride()}")
     flat = bitmask.detach().flatten(0, -2)[:, :words]
     return flat if flat.shape[0] == rows else flat.repeat_interleave(rows // batch, 0)
 

@@ -48,12 +48,23 @@ class GNMT:
 
 def as_scoring(name: str, given: Any) -> Scoring:
     """The scoring that ``length_penalty`` asks for: a number is the exponent of :class:`LengthPower`."""
-    if isinstance(given, Scoring):
+    if isinstance(given, Scoring) and not isinstance(given, type):
         return given
     try:
         return LengthPower(finite_number(name, given))
     except TypeError:
         raise TypeError(f"{name}: expected a number or fb.GNMT(alpha), got {type(given).__name__}") from None
+
+
+def check_norms(name: str, scoring: Scoring, max_length: int) -> None:
+    """The norms of all lengths are float32 numbers above 0."""
+    for length in (1, max_length):
+        try:
+            norm = scoring.norm(length)
+        except OverflowError:
+            norm = float("inf")
+        if not 1e-37 < norm < 1e37:
+            raise ValueError(f"{name}: expected a norm between 1e-37 and 1e37 for length {length}, got {norm:g}")
 
 
 def norm_tables(

@@ -7,17 +7,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flashbeam.kernels import History, Limits, Pool, Requests, Slots, advance_in_place_, advance_pool_
+from flashbeam.kernels import History, Limits, Pool, Requests, Slots, advance_in_place_, advance_pool_, pack_bitmask
 
 from .arguments import PerRequest, positive_number, token_ids, whole_number
 from .cache import reorder
 from .checks import as_bitmask, as_request_ids, as_rows
 from .constraint import Constraint
 from .hypotheses import Hypotheses, collect
-from .scoring import Scoring, as_scoring, norm_tables
+from .scoring import Scoring, as_scoring, check_norms, norm_tables
 from .selection import Expansion, Selection, TopK
 from .state import State
-from .stopping import FirstFinished, Patience, Stopping
+from .stopping import FirstFinished, Stopping
 
 
 class Step(NamedTuple):
@@ -82,8 +82,8 @@ class BeamSearch:
         self.pad_id = whole_number(0)("pad_id", pad_id)
         self.vocab_size = None if vocab_size is None else whole_number(1)("vocab_size", vocab_size)
         self.selection = TopK() if selection is None else selection
-        if not isinstance(self.selection, Selection):
-            raise TypeError(f"selection: expected a selection such as fb.TopK(), got {type(selection).__name__}")
+        if not isinstance(self.selection, Selection) or isinstance(self.selection, type):
+            raise TypeError(f"selection: expected a selection such as fb.TopK(), got {selection!r}")
         self.stopping = FirstFinished() if stopping is None else stopping
         if not isinstance(self.stopping, Stopping) or isinstance(self.stopping, type):
             raise TypeError(f"stopping: expected a rule such as fb.FirstFinished(), got {stopping!r}")
@@ -96,7 +96,8 @@ class BeamSearch:
         if finished not in (None, *self.selection.regimes):
             raise ValueError(f"finished: expected one of {list(self.selection.regimes)} or None, got {finished!r}")
         self.finished = self.selection.regimes[0] if finished is None else finished
-        if self.finished == "in_place" and isinstance(self.stopping, Patience) and self.stopping.p != 1:
+        waits = all(self.stopping.quota(width) == width for width in self.beam_size.values)
+        if self.finished == "in_place" and self.stopping.by_arrival and not waits:
             raise ValueError(
                 f"stopping: expected a rule that lets every slot end, for finished='in_place', got {self.stopping!r}"
             )
@@ -108,6 +109,8 @@ class BeamSearch:
         for low, high in zip(*self._broadcast(self.min_length, self.max_length), strict=True):
             if low > high:
                 raise ValueError(f"min_length: expected at most max_length, {high}, got {low}")
+        for scoring, high in zip(*self._broadcast(self.length_penalty, self.max_length), strict=True):
+            check_norms("length_penalty", scoring, high)
 
     def _per_request(self) -> tuple[PerRequest[Any], ...]:
         return self.beam_size, self.max_length, self.min_length, self.temperature, self.length_penalty
@@ -117,6 +120,7 @@ class BeamSearch:
         size = max(len(argument.values) for argument in arguments)
         return tuple(argument.of_batch(size) for argument in arguments)
 
+    @torch.inference_mode(False)  # a state made under inference mode could not be changed outside it
     def init(
         self,
         batch_size: int,
@@ -140,7 +144,8 @@ class BeamSearch:
         device = torch.device(device)
         ids = as_request_ids(request_ids, batch_size, device)
         beams, steps = max(widths), max(max_lengths)
-        quotas = [self.stopping.quota(width) for width in widths]
+        # no more than this can ever finish
+        quotas = [min(self.stopping.quota(width), beams * steps) for width in widths]
         in_place = self.finished == "in_place"
         places = 1 if in_place else max(quotas) + beams if self.stopping.by_arrival else beams
 
@@ -205,15 +210,16 @@ class BeamSearch:
             ValueError, TypeError: ``<argument>: expected X, got Y``.
         """
         rows, vocab_size = as_rows(state, logits, self.vocab_size, self.eos_ids)
-        mask = as_bitmask(state, bitmask, rows.shape[0], vocab_size)
+        mask = None if bitmask is None else as_bitmask(state, bitmask, rows.shape[0], vocab_size)
         parents = rows.shape[0] // state.batch_size
-        self._begin(state, logits.shape[-1], vocab_size)
+        constraint_state, without_eos = self._begun(state, vocab_size)
         if self.constraint is not None:
-            allowed = self.constraint.bitmask(state.constraint_state)
+            allowed = self.constraint.bitmask(constraint_state)
+            allowed = as_bitmask(state, allowed, state.batch_size * state.beam_size, vocab_size, "constraint's bitmask")
             if parents != state.beam_size:
                 allowed = allowed.unflatten(0, (state.batch_size, -1))[:, 0]
             mask = allowed if mask is None else allowed & mask
-        mask = self._without_banned_eos(state, mask, rows.shape[0])
+        mask = self._without_banned_eos(state, without_eos, mask, rows.shape[0])
         temperature = None if state.temperature is None else state.temperature[:, :parents].flatten()
         best = self.selection.select(
             Expansion(
@@ -229,6 +235,8 @@ class BeamSearch:
             ),
             state.beam_size,
         )
+        # nothing can be refused from here on: what follows changes the state
+        state.vocab_size, state.constraint_state, state.without_eos = logits.shape[-1], constraint_state, without_eos
         common = (rows, best, state.slots, state.requests, state.history)
         if state.in_place:
             moves = advance_in_place_(
@@ -253,26 +261,26 @@ class BeamSearch:
             state.constraint_state = self.constraint.advance(moved, step.tokens.flatten())
         return step
 
-    def _begin(self, state: State, columns: int, vocab_size: int) -> None:
-        """What is only known when the first logits arrive."""
+    def _begun(self, state: State, vocab_size: int) -> tuple[Any, Tensor | None]:
+        """The constraint's state and, where needed, the bitmask of every token but EOS: made at the first step."""
         if state.vocab_size is not None:
-            return
-        state.vocab_size = columns
+            return state.constraint_state, state.without_eos
+        constraint_state, without_eos = None, None
         if self.constraint is not None:
-            state.constraint_state = self.constraint.init(state.batch_size, state.beam_size, vocab_size, state.device)
-        if self.normalize == "allowed" and self.eos_ids and max(self.min_length.values) > 0:
-            words = np.full(-(-vocab_size // 32), -1, np.int32)
-            for token in self.eos_ids:
-                words[token // 32] &= ~np.int32(1 << (token % 32)) if token % 32 < 31 else np.int32(0x7FFFFFFF)
-            state.without_eos = torch.from_numpy(words).to(state.device, non_blocking=True)
+            constraint_state = self.constraint.init(state.batch_size, state.beam_size, vocab_size, state.device)
+        if self.normalize == "allowed" and state.eos is not None and max(self.min_length.values) > 0:
+            tokens = torch.arange(vocab_size, device=state.device)
+            without_eos = pack_bitmask((tokens[:, None] != state.eos).all(1))
+        return constraint_state, without_eos
 
-    def _without_banned_eos(self, state: State, mask: Tensor | None, rows: int) -> Tensor | None:
+    def _without_banned_eos(
+        self, state: State, without_eos: Tensor | None, mask: Tensor | None, rows: int
+    ) -> Tensor | None:
         """The bitmask with EOS taken out where ``min_length`` bans it; needed only to renormalise over the rest."""
-        if state.without_eos is None:
+        if without_eos is None:
             return mask
         banned = (state.requests.steps + 1 < state.limits.min_length).repeat_interleave(rows // state.batch_size)
-        everything = torch.full_like(state.without_eos, -1)
-        allowed = torch.where(banned[:, None], state.without_eos, everything)
+        allowed = torch.where(banned[:, None], without_eos, torch.full_like(without_eos, -1))
         return allowed if mask is None else allowed & mask[:, : allowed.shape[1]]
 
     def _next_norm(self, state: State) -> Tensor:

@@ -65,6 +65,7 @@ class Exhausted:
 class Exact:
     """Stop when no live beam can still enter the n-best: returns what :class:`Exhausted` would, in fewer steps.
 
+    That holds as long as no more than ``beam_size`` hypotheses are asked for.
     A live beam with log-probability phi can reach at most ``phi / norm`` with the greatest norm of the lengths it may
     still end at (design: algorithms.md, stopping). It closes late when the length penalty is above 0.
     """

@@ -11,7 +11,7 @@ ascending). Selection narrows tiles to groups to elements:
 A set ranks by the key of its best element. Tiles are contiguous, so equal maxima are in order of the tile, and k tiles
 are enough. A strided group's maximum does not say which token attains it, so equal maxima inside one tile are ranked
 arbitrarily; at most 63 groups can jump ahead of the right one that way, and 63 more are taken. The number of values
-looked at depends on P, V and k alone, never on the data. The proof is in docs/algorithms.md.
+looked at depends on P, V and k alone, but for a few that tie. The proof is in docs/algorithms.md.
 """
 
 from collections.abc import Callable
@@ -82,7 +82,8 @@ def _best(score: Tensor, n: int, keys: Callable[[], tuple[Tensor, Tensor]]) -> T
         return torch.arange(size, device=score.device).expand(batch, size)
     most = min(n + _TIES, size)
     values, place = score.topk(most)
-    count = int((values >= values[:, n - 1 : n]).sum(1).max()) if batch else n
+    tied = (values >= values[:, n - 1 : n]) & (values > -torch.inf)  # what cannot be chosen need not be told apart
+    count = max(n, int(tied.sum(1).max())) if batch else n
     if count < most or most == size:
         return place[:, :count]
     first, second = keys()

@@ -175,7 +175,7 @@ def _exclude_tokens(
     tokens: list[int],
 ) -> None:
     """Take ``tokens`` out of the candidates: correct the groups they touch."""
-    tokens = [token for token in tokens if token < vocab_size]
+    tokens = [token for token in tokens if 0 <= token < vocab_size]
     for token in tokens:
         tile, column = token // TILE, token % GROUPS
         members = torch.arange(tile * TILE + column, min((tile + 1) * TILE, vocab_size), GROUPS, device=logits.device)

@@ -248,47 +248,54 @@ def _advance_pool_kernel(
             BLOCK,
         )
         tl.debug_barrier()
-        rank_candidates(first_ptr, second_ptr, all_ranks_ptr, beams + n_ends, BLOCK)
-        tl.store(by_rank_ptr + slot, tl.full([BLOCK_K], -1, tl.int32), mask=inside)
-        tl.debug_barrier()
-        rank = tl.load(all_ranks_ptr + slot, mask=inside, other=0)
+        # where every EOS candidate is behind the K best others, there is nothing to rank
+        foremost = tl.full([], -float("inf"), tl.float32)
         for start in range(0, n_ends, BLOCK):
             place = start + tl.arange(0, BLOCK)
-            end_rank = tl.load(all_ranks_ptr + beams + place, mask=place < n_ends, other=0)
-            end_log_prob = tl.load(end_log_probs_ptr + place, mask=place < n_ends, other=-float("inf"))
-            finish = (end_rank < width) & (end_log_prob > -float("inf"))
-            tl.store(by_rank_ptr + end_rank, place, mask=finish)
-        tl.debug_barrier()
-        new = tl.load(by_rank_ptr + slot, mask=inside, other=-1)
-        if tl.max(new, 0) >= 0:
-            _collect(
-                new,
-                end_log_probs_ptr,
-                end_increments_ptr,
-                end_increments_ptr + n_ends,
-                by_rank_ptr + beams,
-                by_rank_ptr + beams + places,
-                eos_ptr,
-                pool_scores_ptr + pool,
-                pool_log_probs_ptr + pool,
-                pool_increments_ptr + pool,
-                pool_tokens_ptr + pool,
-                pool_parents_ptr + pool,
-                pool_steps_ptr + pool,
-                pool_ranks_ptr + pool,
-                places,
-                beams,
-                width,
-                quota,
-                last,
-                steps,
-                tl.load(length_norm_ptr + table),
-                N_EOS,
-                BY_ARRIVAL,
-                BLOCK,
-                BLOCK_K,
-                BLOCK_F,
-            )
+            ends = tl.load(end_log_probs_ptr + place, mask=place < n_ends, other=-float("inf"))
+            foremost = tl.maximum(foremost, tl.max(ends, 0))
+        if foremost >= tl.load(best_log_probs_ptr + request * beams + width - 1):
+            rank_candidates(first_ptr, second_ptr, all_ranks_ptr, beams + n_ends, BLOCK)
+            tl.store(by_rank_ptr + slot, tl.full([BLOCK_K], -1, tl.int32), mask=inside)
+            tl.debug_barrier()
+            rank = tl.load(all_ranks_ptr + slot, mask=inside, other=0)
+            for start in range(0, n_ends, BLOCK):
+                place = start + tl.arange(0, BLOCK)
+                end_rank = tl.load(all_ranks_ptr + beams + place, mask=place < n_ends, other=0)
+                end_log_prob = tl.load(end_log_probs_ptr + place, mask=place < n_ends, other=-float("inf"))
+                finish = (end_rank < width) & (end_log_prob > -float("inf"))
+                tl.store(by_rank_ptr + end_rank, place, mask=finish)
+            tl.debug_barrier()
+            new = tl.load(by_rank_ptr + slot, mask=inside, other=-1)
+            if tl.max(new, 0) >= 0:
+                _collect(
+                    new,
+                    end_log_probs_ptr,
+                    end_increments_ptr,
+                    end_increments_ptr + n_ends,
+                    by_rank_ptr + beams,
+                    by_rank_ptr + beams + places,
+                    eos_ptr,
+                    pool_scores_ptr + pool,
+                    pool_log_probs_ptr + pool,
+                    pool_increments_ptr + pool,
+                    pool_tokens_ptr + pool,
+                    pool_parents_ptr + pool,
+                    pool_steps_ptr + pool,
+                    pool_ranks_ptr + pool,
+                    places,
+                    beams,
+                    width,
+                    quota,
+                    last,
+                    steps,
+                    tl.load(length_norm_ptr + table),
+                    N_EOS,
+                    BY_ARRIVAL,
+                    BLOCK,
+                    BLOCK_K,
+                    BLOCK_F,
+                )
 
     # at the last step, only what is among the K best candidates is a hypothesis
     keep = (log_prob > -float("inf")) & (slot < width * live) & (rank < tl.where(last, width, rank + 1))

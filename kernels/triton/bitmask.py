@@ -39,7 +39,9 @@ def _unpack_kernel(
 ):
     row = tl.program_id(0).to(tl.int64)
     tokens = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    word = tl.load(bits_ptr + row * stride_bits_r + (tokens // 32) * stride_bits_w, mask=tokens < V, other=0)
+    word = tl.load(
+        bits_ptr + row * stride_bits_r + (tokens // 32).to(tl.int64) * stride_bits_w, mask=tokens < V, other=0
+    )
     tl.store(mask_ptr + row * V + tokens, ((word >> (tokens % 32)) & 1).to(tl.uint8), mask=tokens < V)
 
 
@@ -63,7 +65,7 @@ def _apply_kernel(
     bits_ptr += b * stride_bits_b + k * stride_bits_k
     tokens = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = tokens < V
-    word = tl.load(bits_ptr + (tokens // 32) * stride_bits_w, mask=inside, other=0)
+    word = tl.load(bits_ptr + (tokens // 32).to(tl.int64) * stride_bits_w, mask=inside, other=0)
     barred = ((word >> (tokens % 32)) & 1) == 0
     tl.store(logits_ptr + tokens.to(tl.int64) * stride_logits_v, float("-inf"), mask=inside & barred)
 

@@ -4,6 +4,7 @@ One warp owns a tile at a time and keeps all of it in registers: group maxima ar
 few lanes that hold the same columns, and no other warp is ever waited for.
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -148,7 +149,7 @@ def _summarize_kernel(
                     mass = _mass(candidates, group_max, scale)
             for i in tl.static_range(N_EXCLUDE):
                 token = tl.load(exclude_ptr + i).to(tl.int32)
-                if token // _TILE == tile:  # take its group again, without the excluded tokens
+                if (token >= 0) & (token // _TILE == tile):  # take its group again, without the excluded tokens
                     members = start + token % _C + tl.arange(0, _R) * _C
                     candidate = members < vocab_size
                     if HAS_BITMASK:
@@ -181,6 +182,10 @@ def _summarize_kernel(
                 tl.store(group_mass_ptr + tile * _C + columns, tl.zeros([_C], tl.float32))
 
 
+# without a promise about strides, loads are scalar and rows may begin anywhere
+_summarize_kernel_unaligned = triton.jit(_summarize_kernel.fn, do_not_specialize=["stride_x"])
+
+
 def launch_summarize(
     logits: Tensor,
     vocab_size: int,
@@ -195,7 +200,13 @@ def launch_summarize(
     rows, tiles = out.tile_max.shape
     if rows == 0:
         return out
-    _summarize_kernel[(rows, triton.cdiv(tiles, TILES_PER_PROGRAM))](
+    # a layout sums in an order of its own, so it has to follow from the number of columns, not from where rows lie
+    kernel = _summarize_kernel_unaligned
+    if logits.shape[1] % 16 == 0:
+        kernel = _summarize_kernel
+        if logits.stride(0) % 16 or logits.storage_offset() * logits.element_size() % 16:
+            logits = logits.clone(memory_format=torch.contiguous_format)
+    kernel[(rows, triton.cdiv(tiles, TILES_PER_PROGRAM))](
         logits,
         logits if bitmask is None else bitmask,
         logits if temperature is None else temperature,
