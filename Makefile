@@ -15,7 +15,7 @@ help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile
 
 demo: $(INSTALLED) ## complete code prompts, greedy beside beams: make demo PROMPT='def '
-	@.venv/bin/python docs/examples/demo.py -- $${DEMO_PROMPT:+-- "$$DEMO_PROMPT"}
+	@.venv/bin/python docs/examples/demo.py $${DEMO_PROMPT:+-- "$$DEMO_PROMPT"}
 
 test: $(INSTALLED) ## the whole test suite: make test ARGS='-k order'
 	.venv/bin/python -m pytest $(ARGS)

@@ -4,6 +4,7 @@ import ast
 import importlib
 import importlib.resources
 import inspect
+import os
 import statistics
 import subprocess
 import sys
@@ -148,3 +149,14 @@ def test_every_public_name_is_documented(package: str) -> None:
             doc = inspect.getdoc(value) or ""
             # a dataclass or named tuple without a docstring gets its signature for one
             assert doc and not doc.startswith(f"{name}("), f"{package}.{name} has no docstring"
+
+
+def test_make_passes_the_prompt_once_and_as_it_is() -> None:
+    for prompt in ("def ", "-x", 'it\'s "$(HOME)" `ls`'):
+        environment = {**os.environ, "MAKEFLAGS": ""}
+        command = ["make", "-n", "-o", ".venv/.installed", "demo", f"PROMPT={prompt}"]
+        line = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout
+        echo = line.strip().lstrip("@").replace(".venv/bin/python docs/examples/demo.py", "printf '%s|'")
+        shell = {**environment, "DEMO_PROMPT": prompt}
+        said = subprocess.run(["sh", "-c", echo], env=shell, capture_output=True, text=True, check=True).stdout
+        assert said == f"--|{prompt}|"
