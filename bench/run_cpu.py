@@ -48,6 +48,7 @@ TARGETS = {
         "log_softmax / ours": Target(3.0),
         "logsumexp / ours": Target(1.5),
         "floor with exp / ours": Target(0.8),
+        "floor with exp2 / ours": Target(0.8),
         "step / ours": Target(1.15, at_least=False),
     },
     "wide-b8k256": {"log_softmax / ours": Target(2.0)},
