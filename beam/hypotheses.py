@@ -52,7 +52,7 @@ def _of_slots(state: State) -> _Endings:
     log_probs = slots.log_probs.masked_fill(~held, -torch.inf)
     step = (state.requests.steps.long() - 1)[:, None].expand_as(lengths)
     return _Endings(
-        scores=log_probs / state.limits.length_norm.gather(1, lengths),
+        scores=slots.scores.masked_fill(~held, -torch.inf) / state.limits.length_norm.gather(1, lengths),
         log_probs=log_probs,
         lengths=lengths,
         arrival=(lengths << 32) + slots.ranks,

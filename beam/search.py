@@ -162,8 +162,10 @@ class BeamSearch:
             ranks=new(slot_shape, 0, torch.int32),
             ended=new(slot_shape, False, torch.bool),
             active=new(slot_shape, False, torch.bool),
+            scores=new(slot_shape, -torch.inf, torch.float32),
         )
         slots.log_probs[:, 0].zero_()
+        slots.scores[:, 0].zero_()
         slots.active[:, 0].fill_(True)
         flat = all(temperature == 1.0 for temperature in temperatures)
         return State(

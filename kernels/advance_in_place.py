@@ -38,6 +38,7 @@ def _advance_in_place(
     request_tensors: list[Tensor],
     history_tensors: list[Tensor],
     limit_tensors: list[Tensor],
+    end_penalty: Tensor | None,
     pad_id: int,
 ) -> Moves:
     """The torch definition."""
@@ -50,27 +51,27 @@ def _advance_in_place(
     norm = limits.length_norm.gather(1, length[:, None])  # [B, 1]
     slot = torch.arange(beams, device=logits.device).expand(batch, -1)
 
-    frozen = slots.log_probs.masked_fill(~slots.ended, -torch.inf)
-    frozen_scores = frozen / limits.length_norm.gather(1, slots.lengths.long())
+    frozen, frozen_scores = (field.masked_fill(~slots.ended, -torch.inf) for field in (slots.log_probs, slots.scores))
+    frozen_ranked = frozen_scores / limits.length_norm.gather(1, slots.lengths.long())
     increments = token_log_prob(best.adjusted, best.lse.view(batch, -1).gather(1, best.parents))
     nothing = torch.zeros_like(slot)  # a frozen hypothesis is its slot's only candidate: nothing else to compare
     pad = torch.full_like(slot, pad_id)
     new_length = length[:, None].expand_as(slot)
 
     # the candidates, side by side: those that go on, the frozen ones, those that end here
-    keys = [(best.log_probs / norm, best.parents, best.adjusted, best.tokens)]
-    fields = [(best.log_probs, best.parents, best.tokens, increments, new_length, nothing.bool())]
-    keys.append((frozen_scores, slot, nothing.float(), nothing))
-    fields.append((frozen, slot, pad, nothing.float(), slots.lengths.long(), ~nothing.bool()))
+    keys = [(best.scores / norm, best.parents, best.adjusted, best.tokens)]
+    fields = [(best.log_probs, best.scores, best.parents, best.tokens, increments, new_length, nothing.bool())]
+    keys.append((frozen_ranked, slot, nothing.float(), nothing))
+    fields.append((frozen, frozen_scores, slot, pad, nothing.float(), slots.lengths.long(), ~nothing.bool()))
     if eos is not None:
         may_end = (limits.min_length <= length) & live
-        ends = endings(logits, best.lse, bitmask, temperature, eos, slots, may_end, norm[:, 0])
-        keys.append((ends.scores, ends.parents, ends.adjusted, ends.tokens))
+        ends = endings(logits, best.lse, bitmask, temperature, eos, slots, may_end, end_penalty)
+        keys.append((ends.scores / norm, ends.parents, ends.adjusted, ends.tokens))
         new_length = length[:, None].expand_as(ends.tokens)
         ended = torch.ones_like(ends.tokens, dtype=torch.bool)
-        fields.append((ends.log_probs, ends.parents, ends.tokens, ends.token_log_probs, new_length, ended))
+        fields.append((ends.log_probs, ends.scores, ends.parents, ends.tokens, ends.token_log_probs, new_length, ended))
     order = total_order(*keys)[:, :beams]
-    log_probs, parents, tokens, increments, lengths, ended = (
+    log_probs, scores, parents, tokens, increments, lengths, ended = (
         torch.cat(field, 1).gather(1, order) for field in zip(*fields, strict=True)
     )
 
@@ -84,6 +85,7 @@ def _advance_in_place(
     moving = keep & ~slots.ended.gather(1, parents)
     kept = live[:, None]
     slots.log_probs.copy_(torch.where(kept, log_probs.masked_fill(~keep, -torch.inf), slots.log_probs))
+    slots.scores.copy_(torch.where(kept, scores.masked_fill(~keep, -torch.inf), slots.scores))
     slots.lengths.copy_(torch.where(kept, lengths.int(), slots.lengths))
     slots.ranks.copy_(torch.where(kept, slot.int(), slots.ranks))
     slots.ended.copy_(torch.where(kept, ended, slots.ended))
@@ -101,6 +103,7 @@ def _fake(
     request_tensors: list[Tensor],
     history_tensors: list[Tensor],
     limit_tensors: list[Tensor],
+    end_penalty: Tensor | None,
     pad_id: int,
 ) -> Moves:
     return fake_moves(candidates)
@@ -108,7 +111,7 @@ def _fake(
 
 _op = register(
     "advance_in_place_(Tensor logits, Tensor? bitmask, Tensor? temperature, Tensor? eos, Tensor[] candidates, "
-    "Tensor(a!)[] slots, Tensor(b!)[] requests, Tensor(c!)[] history, Tensor[] limits, int pad_id) "
+    "Tensor(a!)[] slots, Tensor(b!)[] requests, Tensor(c!)[] history, Tensor[] limits, Tensor? end_penalty, int pad_id) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
     _advance_in_place,
     _fake,
@@ -128,6 +131,7 @@ def advance_in_place_(
     pad_id: int,
     bitmask: Tensor | None = None,
     temperature: Tensor | None = None,
+    end_penalty: Tensor | None = None,
 ) -> Moves:
     """Take one decode step in place: rank frozen hypotheses and candidates together, keep, record, stop.
 
@@ -140,8 +144,12 @@ def advance_in_place_(
         eos: ``[n]`` int64, or ``None`` if nothing ends a hypothesis.
         pad_id: token of idle slots.
         bitmask, temperature: as given to ``top_candidates``; the bitmask may bar EOS.
+        end_penalty: float32 ``[B, P * n]``, taken from the scores of EOS candidates, parent by parent.
 
     Returns:
         :class:`Moves`.
     """
-    return Moves(*_op(logits, bitmask, contiguous(temperature), eos, best, slots, requests, history, limits, pad_id))
+    penalty = contiguous(end_penalty)
+    return Moves(
+        *_op(logits, bitmask, contiguous(temperature), eos, best, slots, requests, history, limits, penalty, pad_id)
+    )

@@ -64,6 +64,7 @@ def _advance_pool(
     history_tensors: list[Tensor],
     pool_tensors: list[Tensor],
     limit_tensors: list[Tensor],
+    end_penalty: Tensor | None,
     pad_id: int,
     by_arrival: bool,
     exact: bool,
@@ -80,17 +81,17 @@ def _advance_pool(
     ranks = place.expand(batch, -1)
     if eos is not None:
         may_end = (limits.min_length <= length) & live
-        ends = endings(logits, best.lse, bitmask, temperature, eos, slots, may_end, None)
-        kth = best.log_probs.gather(1, width.long() - 1)
+        ends = endings(logits, best.lse, bitmask, temperature, eos, slots, may_end, end_penalty)
+        kth = best.scores.gather(1, width.long() - 1)
         if bool((ends.scores >= kth).any()):  # else every EOS candidate is behind the K best others
             order = total_order(
-                (best.log_probs, best.parents, best.adjusted, best.tokens),
+                (best.scores, best.parents, best.adjusted, best.tokens),
                 (ends.scores, ends.parents, ends.adjusted, ends.tokens),
             )
             rank = torch.arange(order.shape[1], device=order.device).expand_as(order)
             ranks, end_ranks = torch.empty_like(order).scatter_(1, order, rank).split([beams, ends.tokens.shape[1]], 1)
             finish = (end_ranks < width) & (ends.log_probs > -torch.inf)
-            scores = ends.log_probs / limits.length_norm.gather(1, length[:, None])
+            scores = ends.scores / limits.length_norm.gather(1, length[:, None])
             ids = (ends.tokens, ends.parents, requests.steps[:, None].expand_as(ends.tokens), end_ranks)
             new = Pool(scores, ends.log_probs, ends.token_log_probs, *(field.int() for field in ids))
             _collect(pool, new, finish, limits, last, by_arrival)
@@ -103,7 +104,7 @@ def _advance_pool(
         stop = held >= limits.quota
     elif exact:
         worst = pool.scores.gather(1, width.long() - 1)[:, 0]
-        bound = best.log_probs[:, 0] / limits.bound_norm.gather(1, length[:, None])[:, 0]
+        bound = best.scores[:, 0] / limits.bound_norm.gather(1, length[:, None])[:, 0]
         stop = (held >= limits.width) & (worst >= bound)
     keep &= ~(stop & ~last)[:, None]  # a request ended by its rule has its pool
     none_left = ~keep.any(1)
@@ -114,6 +115,7 @@ def _advance_pool(
     record(requests, history, best.tokens, best.parents, increments, live)
     kept = live[:, None]
     slots.log_probs.copy_(torch.where(kept, best.log_probs.masked_fill(~keep, -torch.inf), slots.log_probs))
+    slots.scores.copy_(torch.where(kept, best.scores.masked_fill(~keep, -torch.inf), slots.scores))
     slots.lengths.add_(kept.int())
     slots.ranks.copy_(torch.where(kept, ranks.masked_fill(~keep, 0).int(), slots.ranks))
     slots.active.copy_(keep & ~requests.done[:, None])
@@ -131,6 +133,7 @@ def _fake(
     history_tensors: list[Tensor],
     pool_tensors: list[Tensor],
     limit_tensors: list[Tensor],
+    end_penalty: Tensor | None,
     pad_id: int,
     by_arrival: bool,
     exact: bool,
@@ -141,7 +144,7 @@ def _fake(
 _op = register(
     "advance_pool_(Tensor logits, Tensor? bitmask, Tensor? temperature, Tensor? eos, Tensor[] candidates, "
     "Tensor(a!)[] slots, Tensor(b!)[] requests, Tensor(c!)[] history, Tensor(d!)[] pool, Tensor[] limits, "
-    "int pad_id, bool by_arrival, bool exact) -> (Tensor, Tensor, Tensor, Tensor)",
+    "Tensor? end_penalty, int pad_id, bool by_arrival, bool exact) -> (Tensor, Tensor, Tensor, Tensor)",
     _advance_pool,
     _fake,
     "advance_pool",
@@ -163,6 +166,7 @@ def advance_pool_(
     exact: bool,
     bitmask: Tensor | None = None,
     temperature: Tensor | None = None,
+    end_penalty: Tensor | None = None,
 ) -> Moves:
     """Take one decode step in place: finish, keep, record, stop.
 
@@ -177,6 +181,7 @@ def advance_pool_(
             it keeps the best ``limits.width`` by score.
         exact: end a request once no live beam can still enter its pool.
         bitmask, temperature: as given to ``top_candidates``; the bitmask may bar EOS.
+        end_penalty: float32 ``[B, P * n]``, taken from the scores of EOS candidates, parent by parent.
 
     Returns:
         :class:`Moves`.
@@ -193,6 +198,7 @@ def advance_pool_(
             history,
             pool,
             limits,
+            contiguous(end_penalty),
             pad_id,
             by_arrival,
             exact,

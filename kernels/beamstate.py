@@ -24,6 +24,7 @@ class Slots(NamedTuple):
     ranks: Tensor  # int32 [B, K], place among the candidates of the last step
     ended: Tensor  # bool [B, K], ends with EOS and stays in its slot (in place only)
     active: Tensor  # bool [B, K], is to be expanded: its row of logits is read
+    scores: Tensor  # float32 [B, K], what is ranked, before a length norm: log_probs, less penalties; or perturbed
 
 
 class Requests(NamedTuple):
@@ -93,9 +94,9 @@ def endings(
     eos: Tensor,
     slots: Slots,
     may_end: Tensor,
-    divisor: Tensor | None,
+    penalty: Tensor | None,
 ) -> Endings:
-    """The EOS candidates of rows ``logits [B * P, V]``; ``may_end`` is bool ``[B]``."""
+    """The EOS candidates of rows ``logits [B * P, V]``; ``may_end`` is bool ``[B]``, ``penalty`` float32 ``[B, E]``."""
     batch = slots.log_probs.shape[0]
     parents, count = logits.shape[0] // batch, eos.shape[0]
     adjusted = adjust(logits[:, eos], None if temperature is None else temperature[:, None])
@@ -103,11 +104,14 @@ def endings(
         adjusted = adjusted.masked_fill(~bits_at(bitmask, slice(None), eos), -torch.inf)
     increment = token_log_prob(adjusted, lse[:, None]).view(batch, parents, count)
     open_slots = slots.active[:, :parents] & may_end[:, None]
-    base = slots.log_probs[:, :parents].masked_fill(~open_slots, -torch.inf)
-    log_probs = (base[:, :, None] + increment).flatten(1)  # [B, P * n_eos]
+    log_probs, scores = (
+        (field[:, :parents].masked_fill(~open_slots, -torch.inf)[:, :, None] + increment).flatten(1)  # [B, P * n_eos]
+        for field in (slots.log_probs, slots.scores)
+    )
+    if penalty is not None:
+        scores = scores - penalty
     parent = torch.arange(parents, device=eos.device).repeat_interleave(count).expand(batch, -1)
     token = eos.repeat(parents).expand(batch, -1)
-    scores = log_probs if divisor is None else log_probs / divisor[:, None]
     return Endings(log_probs, parent, token, increment.flatten(1), scores, adjusted.view(batch, -1))
 
 

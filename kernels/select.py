@@ -222,6 +222,7 @@ class Candidates(NamedTuple):
     adjusted: Tensor  # float32 [B, k], logit after temperature
     lse: Tensor  # float32 [B * P]
     flags: Tensor  # int32 [B * P], FLAG_NAN and FLAG_INF
+    scores: Tensor  # float32 [B, k], what they rank by, before a length norm: log_probs, or those less penalties
 
 
 def flatten_rows(logits: Tensor) -> Tensor:
@@ -288,4 +289,4 @@ def top_candidates(
     best: tuple[Tensor, Tensor, Tensor, Tensor] = _select_op(
         rows, log_probs, group_max, tile_max, lse, vocab_size, k, bitmask, temperature, exclude, divisor
     )
-    return Candidates(*best, lse, flags)
+    return Candidates(*best, lse, flags, best[0])
