@@ -7,7 +7,7 @@ from .decode import decode
 from .hypotheses import Hypotheses
 from .scoring import GNMT
 from .search import BeamSearch, Step
-from .selection import TopK
+from .selection import DiverseGroups, DiverseSiblings, DynamicWidth, Stochastic, TopK
 from .state import State
 from .stopping import Exact, Exhausted, FirstFinished, Patience
 
@@ -19,6 +19,9 @@ __all__ = [
     "FLAG_NAN",
     "GNMT",
     "BeamSearch",
+    "DiverseGroups",
+    "DiverseSiblings",
+    "DynamicWidth",
     "Exact",
     "Exhausted",
     "FirstFinished",
@@ -26,6 +29,7 @@ __all__ = [
     "Patience",
     "State",
     "Step",
+    "Stochastic",
     "TopK",
     "decode",
     "reorder",

@@ -82,3 +82,28 @@ def token_ids(name: str, given: Any) -> list[int]:
             raise ValueError(f"{name}: expected distinct ids, got {ids}")
         return ids
     return [check(name, given)]
+
+
+def nonnegative_number(name: str, value: Any) -> float:
+    """A check for finite numbers of at least 0."""
+    number = finite_number(name, value)
+    if number < 0:
+        raise ValueError(f"{name}: expected a number >= 0, got {value}")
+    return number
+
+
+def probability(name: str, value: Any) -> float:
+    """A check for numbers above 0 and at most 1."""
+    number = finite_number(name, value)
+    if not 0 < number <= 1:
+        raise ValueError(f"{name}: expected a number above 0 and at most 1, got {value}")
+    return number
+
+
+def seed_number(name: str, value: Any) -> int:
+    """A check for 64-bit seeds."""
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+        raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
+    if not -(2**63) <= value < 2**63:
+        raise ValueError(f"{name}: expected an int of 64 bits, got {value}")
+    return int(value)

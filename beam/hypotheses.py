@@ -25,6 +25,10 @@ class Hypotheses:
     token_log_probs: Tensor  # float32 [B, N, T], 0 behind the end
     valid: Tensor  # bool [B, N]
     finished: Tensor  # bool [B, N], ended with EOS
+    beam_size: Tensor  # int64 [B], of the search that found them
+    sampling_log_probs: Tensor | None = None  # float32 [B, N], of what was sampled from; -inf where not valid
+    log_inclusion: Tensor | None = None  # float32 [B, N], log-probability of being in the sample; 0 where not valid
+    perturbed: Tensor | None = None  # float32 [B, N], what orders the sample of fb.Stochastic: its scores
 
 
 @dataclass
@@ -40,28 +44,59 @@ class _Endings:
     last_slot: Tensor  # int64 [B, M], the slot at that step
     eos: Tensor  # int64 [B, M], token that follows, or -1
     eos_log_probs: Tensor  # float32 [B, M]
+    sampling_log_probs: Tensor  # float32 [B, M]
+    log_inclusion: Tensor  # float32 [B, M]
 
     def take(self, index: Tensor) -> _Endings:
         return _Endings(*(field.gather(1, index) for field in vars(self).values()))
+
+
+_NOTHING = {"scores": -torch.inf, "log_probs": -torch.inf, "sampling_log_probs": -torch.inf, "perturbed": -torch.inf}
+
+
+def _pad(fields: dict[str, Tensor], count: int, **filler: float) -> dict[str, Tensor]:
+    """Fields ``[B, N, ...]`` filled up to ``count`` hypotheses that are not valid."""
+    found = {}
+    for name, field in fields.items():
+        missing = max(0, count - field.shape[1])
+        sides = (0, 0) * (field.dim() - 2) + (0, missing)
+        found[name] = torch.nn.functional.pad(field, sides, value=filler.get(name, _NOTHING.get(name, 0)))
+    return found
 
 
 def _of_slots(state: State) -> _Endings:
     slots = state.slots
     lengths = slots.lengths.long()
     held = (slots.log_probs > -torch.inf) & (lengths > 0)
-    log_probs = slots.log_probs.masked_fill(~held, -torch.inf)
     step = (state.requests.steps.long() - 1)[:, None].expand_as(lengths)
-    return _Endings(
+    found = _Endings(
         scores=slots.scores.masked_fill(~held, -torch.inf) / state.limits.length_norm.gather(1, lengths),
-        log_probs=log_probs,
+        log_probs=slots.log_probs.masked_fill(~held, -torch.inf),
         lengths=lengths,
         arrival=(lengths << 32) + slots.ranks,
         finished=slots.ended & held,
         last_step=step,
-        last_slot=torch.arange(state.beam_size, device=lengths.device).expand_as(lengths),
+        last_slot=torch.arange(lengths.shape[1], device=lengths.device).expand_as(lengths),
         eos=torch.full_like(lengths, -1),
-        eos_log_probs=torch.zeros_like(log_probs),
+        eos_log_probs=torch.zeros_like(slots.log_probs),
+        sampling_log_probs=state.draws.sampling_log_probs,
+        log_inclusion=state.draws.log_inclusion,
     )
+    if "perturbed" in state.selection.reports:
+        found.log_inclusion = _log_inclusion(found.scores, found.sampling_log_probs, state.limits.width)
+    return found
+
+
+def _log_inclusion(perturbed: Tensor, log_probs: Tensor, width: Tensor) -> Tensor:
+    """``log P(G > kappa) = log(1 - exp(-exp(log_prob - kappa)))``, kappa the least of ``width`` perturbed ones.
+
+    Kool, van Hoof, Welling 2019, section 4.2. Where there are fewer, all there is was taken: 0.
+    """
+    kappa = perturbed.sort(dim=1, descending=True).values.gather(1, width.long()[:, None] - 1)
+    gap = log_probs.double() - kappa
+    log_inclusion = torch.where(gap < -30.0, gap, torch.log(-torch.expm1(-torch.exp(gap))))
+    everything = (kappa == -torch.inf) | (perturbed == -torch.inf)
+    return log_inclusion.float().masked_fill(everything, 0.0)
 
 
 def _of_pool(state: State) -> _Endings:
@@ -77,11 +112,31 @@ def _of_pool(state: State) -> _Endings:
         last_slot=pool.parents.long(),
         eos=pool.tokens.long(),
         eos_log_probs=pool.token_log_probs,
+        sampling_log_probs=pool.log_probs,
+        log_inclusion=torch.zeros_like(pool.log_probs),
     )
 
 
 def collect(state: State, num_hypotheses: int | None) -> Hypotheses:
     """The best ``num_hypotheses`` of each request, or its ``beam_size`` best, as things stand. Changes nothing."""
+    if state.groups == 1:
+        return _collect(state, num_hypotheses)
+    return _merge_groups(state, _collect(state, None), num_hypotheses)
+
+
+def _merge_groups(state: State, found: Hypotheses, num_hypotheses: int | None) -> Hypotheses:
+    """The hypotheses of all groups of each request, ranked together by score; equal ones in the order of the groups."""
+    fields = {name: field for name, field in vars(found).items() if field is not None}
+    beam_size = fields.pop("beam_size").view(-1, state.groups).sum(1)
+    fields = {name: field.unflatten(0, (-1, state.groups)).flatten(1, 2) for name, field in fields.items()}
+    count = state.beam_size if num_hypotheses is None else num_hypotheses
+    order = fields["scores"].sort(dim=1, descending=True, stable=True).indices[:, :count]
+    request = torch.arange(order.shape[0], device=order.device)[:, None]
+    best = {name: field[request, order] for name, field in fields.items()}
+    return Hypotheses(**_pad(best, count, tokens=state.pad_id), beam_size=beam_size)
+
+
+def _collect(state: State, num_hypotheses: int | None) -> Hypotheses:
     found = _of_slots(state)
     if not state.in_place:
         pairs = zip(vars(_of_pool(state)).values(), vars(found).values(), strict=True)
@@ -89,13 +144,8 @@ def collect(state: State, num_hypotheses: int | None) -> Hypotheses:
     # equal scores: earlier end first, then the order of the candidates at that step
     order = found.arrival.sort(dim=1, stable=True).indices
     order = order.gather(1, found.scores.gather(1, order).sort(dim=1, descending=True, stable=True).indices)
-    count = state.beam_size if num_hypotheses is None else num_hypotheses
-    missing = count - order.shape[1]
-    best = found.take(order[:, :count])
-    if missing > 0:
-        pad = torch.nn.functional.pad
-        filler = {"scores": -torch.inf, "log_probs": -torch.inf, "eos": -1, "last_step": -1}
-        best = _Endings(*(pad(field, (0, missing), value=filler.get(name, 0)) for name, field in vars(best).items()))
+    count = state.slots.log_probs.shape[1] if num_hypotheses is None else num_hypotheses
+    best = _Endings(**_pad(vars(found.take(order[:, :count])), count, eos=-1, last_step=-1))
 
     valid = best.log_probs > -torch.inf
     if num_hypotheses is None:
@@ -110,12 +160,20 @@ def collect(state: State, num_hypotheses: int | None) -> Hypotheses:
     at_eos &= (valid & (best.eos >= 0))[:, :, None]
     tokens = torch.where(at_eos, best.eos[:, :, None], tokens.masked_fill(~on_path, state.pad_id))
     token_log_probs = torch.where(at_eos, best.eos_log_probs[:, :, None], token_log_probs.masked_fill(~on_path, 0.0))
+    scores = best.scores.masked_fill(~valid, -torch.inf)
+    reported = {
+        "sampling_log_probs": best.sampling_log_probs.masked_fill(~valid, -torch.inf),
+        "log_inclusion": best.log_inclusion.masked_fill(~valid, 0.0),
+        "perturbed": scores,
+    }
     return Hypotheses(
         tokens=tokens,
         lengths=lengths,
-        scores=best.scores.masked_fill(~valid, -torch.inf),
+        scores=scores,
         log_probs=best.log_probs.masked_fill(~valid, -torch.inf),
         token_log_probs=token_log_probs,
         valid=valid,
         finished=best.finished & valid,
+        beam_size=state.limits.width.long(),
+        **{name: reported[name] for name in state.selection.reports},
     )

@@ -3,19 +3,19 @@
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from flashbeam.kernels import History, Limits, Pool, Requests, Slots, advance_in_place_, advance_pool_, pack_bitmask
+from flashbeam.kernels import Moves, advance_chosen_, advance_in_place_, advance_pool_, pack_bitmask
 
 from .arguments import PerRequest, positive_number, token_ids, whole_number
 from .cache import reorder
-from .checks import as_bitmask, as_request_ids, as_rows
+from .checks import as_bitmask, as_rows
 from .constraint import Constraint
 from .hypotheses import Hypotheses, collect
-from .scoring import Scoring, as_scoring, check_norms, norm_tables
-from .selection import Expansion, Selection, TopK
+from .scoring import LengthPower, Scoring, as_scoring, check_norms
+from .selection import Decided, Expansion, Ranked, Selection, TopK
+from .start import start
 from .state import State
 from .stopping import FirstFinished, Stopping
 
@@ -97,11 +97,12 @@ class BeamSearch:
             raise ValueError(f"finished: expected one of {list(self.selection.regimes)} or None, got {finished!r}")
         self.finished = self.selection.regimes[0] if finished is None else finished
         waits = all(self.stopping.quota(width) == width for width in self.beam_size.values)
+        self._check_selection()
         if self.finished == "in_place" and self.stopping.by_arrival and not waits:
             raise ValueError(
                 f"stopping: expected a rule that lets every slot end, for finished='in_place', got {self.stopping!r}"
             )
-        batch_sizes = {argument.name: len(argument.values) for argument in self._per_request() if not argument.shared}
+        batch_sizes = {argument.name: len(argument.values) for argument in self.per_request() if not argument.shared}
         if len(set(batch_sizes.values())) > 1:
             name, size = next(iter(batch_sizes.items()))
             other = next(other for other, n in batch_sizes.items() if n != size)
@@ -112,7 +113,27 @@ class BeamSearch:
         for scoring, high in zip(*self._broadcast(self.length_penalty, self.max_length), strict=True):
             check_norms("length_penalty", scoring, high)
 
-    def _per_request(self) -> tuple[PerRequest[Any], ...]:
+    def _check_selection(self) -> None:
+        """What the selection asks of the other arguments."""
+        name = type(self.selection).__name__
+        for width in self.beam_size.values:
+            if width % self.selection.groups:
+                groups = self.selection.groups
+                raise ValueError(f"beam_size: expected a multiple of the {groups} groups of fb.{name}, got {width}")
+        if self.selection.seed is None:
+            return
+        for scoring in self.length_penalty.values:
+            if scoring not in (LengthPower(0.0), LengthPower(1.0)):
+                raise ValueError(
+                    f"length_penalty: expected 0, or the default, with fb.{name}, which ranks no lengths, got {scoring}"
+                )
+        if not isinstance(self.stopping, FirstFinished):
+            raise ValueError(
+                f"stopping: expected the default with fb.{name}, which lets every slot end, got {self.stopping}"
+            )
+
+    def per_request(self) -> tuple[PerRequest[Any], ...]:
+        """The arguments that may differ by request."""
         return self.beam_size, self.max_length, self.min_length, self.temperature, self.length_penalty
 
     @staticmethod
@@ -137,63 +158,7 @@ class BeamSearch:
         Returns:
             A :class:`State`: slot 0 of each request is live and empty.
         """
-        whole_number(1)("batch_size", batch_size)
-        widths, max_lengths, min_lengths, temperatures, scorings = (
-            argument.of_batch(batch_size) for argument in self._per_request()
-        )
-        device = torch.device(device)
-        ids = as_request_ids(request_ids, batch_size, device)
-        beams, steps = max(widths), max(max_lengths)
-        # no more than this can ever finish
-        quotas = [min(self.stopping.quota(width), beams * steps) for width in widths]
-        in_place = self.finished == "in_place"
-        places = 1 if in_place else max(quotas) + beams if self.stopping.by_arrival else beams
-
-        def on_device(values: Any, dtype: type) -> Tensor:
-            return torch.from_numpy(np.asarray(values, dtype)).to(device, non_blocking=True)
-
-        def new(shape: tuple[int, ...], value: float, dtype: torch.dtype) -> Tensor:
-            return torch.full(shape, value, dtype=dtype, device=device)
-
-        slot_shape, pool_shape, history_shape = (batch_size, beams), (batch_size, places), (steps, batch_size, beams)
-        slots = Slots(
-            log_probs=new(slot_shape, -torch.inf, torch.float32),
-            lengths=new(slot_shape, 0, torch.int32),
-            ranks=new(slot_shape, 0, torch.int32),
-            ended=new(slot_shape, False, torch.bool),
-            active=new(slot_shape, False, torch.bool),
-            scores=new(slot_shape, -torch.inf, torch.float32),
-        )
-        slots.log_probs[:, 0].zero_()
-        slots.scores[:, 0].zero_()
-        slots.active[:, 0].fill_(True)
-        flat = all(temperature == 1.0 for temperature in temperatures)
-        return State(
-            slots=slots,
-            requests=Requests(
-                done=new((batch_size,), False, torch.bool),
-                flags=new((batch_size,), 0, torch.int32),
-                steps=new((batch_size,), 0, torch.int32),
-            ),
-            history=History(
-                tokens=new(history_shape, 0, torch.int32),
-                parents=new(history_shape, 0, torch.int32),
-                token_log_probs=new(history_shape, 0.0, torch.float32),
-            ),
-            pool=Pool(
-                *(new(pool_shape, -torch.inf, torch.float32) for _ in range(3)),
-                *(new(pool_shape, 0, torch.int32) for _ in range(4)),
-            ),
-            limits=Limits(
-                *(on_device(values, np.int32) for values in (widths, min_lengths, max_lengths, quotas)),
-                *(on_device(table, np.float32) for table in norm_tables(scorings, min_lengths, max_lengths)),
-            ),
-            temperature=None if flat else on_device(np.repeat(temperatures, beams), np.float32).view(slot_shape),
-            eos=on_device(self.eos_ids, np.int64) if self.eos_ids else None,
-            request_ids=ids,
-            in_place=in_place,
-            pad_id=self.pad_id,
-        )
+        return start(self, batch_size, torch.device(device), request_ids)
 
     def step(self, state: State, logits: Tensor, bitmask: Tensor | None = None) -> Step:
         """Consume the model's logits for the current beams and choose the next ones.
@@ -213,55 +178,74 @@ class BeamSearch:
         """
         rows, vocab_size = as_rows(state, logits, self.vocab_size, self.eos_ids)
         mask = None if bitmask is None else as_bitmask(state, bitmask, rows.shape[0], vocab_size)
-        parents = rows.shape[0] // state.batch_size
+        first, given = state.vocab_size is None, rows.shape[0] // state.batch_size
         constraint_state, without_eos = self._begun(state, vocab_size)
         if self.constraint is not None:
             allowed = self.constraint.bitmask(constraint_state)
             allowed = as_bitmask(state, allowed, state.batch_size * state.beam_size, vocab_size, "constraint's bitmask")
-            if parents != state.beam_size:
+            if given != state.beam_size:
                 allowed = allowed.unflatten(0, (state.batch_size, -1))[:, 0]
             mask = allowed if mask is None else allowed & mask
+        if first and state.groups > 1:  # every group starts from the request's one row
+            rows = rows[::given].repeat_interleave(state.groups, 0)
+            mask = None if mask is None else mask[::given].repeat_interleave(state.groups, 0)
         mask = self._without_banned_eos(state, without_eos, mask, rows.shape[0])
-        temperature = None if state.temperature is None else state.temperature[:, :parents].flatten()
-        best = self.selection.select(
-            Expansion(
-                logits=rows,
-                log_probs=state.slots.log_probs[:, :parents],
-                active=state.slots.active[:, :parents].flatten(),
-                bitmask=mask,
-                temperature=temperature,
-                exclude=state.eos,
-                divisor=self._next_norm(state) if state.in_place else None,
-                normalize=self.normalize,
-                vocab_size=vocab_size,
-            ),
-            state.beam_size,
+        parents = rows.shape[0] // state.requests.done.shape[0]
+        expansion = Expansion(
+            logits=rows,
+            active=state.slots.active[:, :parents].flatten(),
+            bitmask=mask,
+            temperature=None if state.temperature is None else state.temperature[:, :parents].flatten(),
+            eos=state.eos,
+            divisor=self._next_norm(state) if state.in_place and self.selection.seed is None else None,
+            normalize=self.normalize,
+            vocab_size=vocab_size,
+            pad_id=self.pad_id,
+            slots=state.slots,
+            draws=state.draws,
+            requests=state.requests,
+            limits=state.limits,
+            seed=state.seed,
+            first=first,
         )
+        selected = self.selection.select(expansion, state.slots.log_probs.shape[1])
         # nothing can be refused from here on: what follows changes the state
         state.vocab_size, state.constraint_state, state.without_eos = logits.shape[-1], constraint_state, without_eos
-        common = (rows, best, state.slots, state.requests, state.history)
-        if state.in_place:
-            moves = advance_in_place_(
-                *common, state.limits, eos=state.eos, pad_id=self.pad_id, bitmask=mask, temperature=temperature
-            )
-        else:
-            moves = advance_pool_(
-                *common,
-                state.pool,
-                state.limits,
-                eos=state.eos,
-                pad_id=self.pad_id,
-                by_arrival=self.stopping.by_arrival,
-                exact=self.stopping.exact,
-                bitmask=mask,
-                temperature=temperature,
-            )
-        step = Step(*moves)
+        step = self._step_of_groups(state, self._advance(state, expansion, selected), given if first else None)
         if self.constraint is not None:
-            first = torch.arange(0, state.batch_size * state.beam_size, state.beam_size, device=state.device)
-            moved = reorder(state.constraint_state, (step.parents + first[:, None]).flatten())
+            first_slot = torch.arange(0, state.batch_size * state.beam_size, state.beam_size, device=state.device)
+            moved = reorder(state.constraint_state, (step.parents + first_slot[:, None]).flatten())
             state.constraint_state = self.constraint.advance(moved, step.tokens.flatten())
         return step
+
+    def _advance(self, state: State, expansion: Expansion, selected: Ranked | Decided) -> Moves:
+        """Carry out what was selected."""
+        ids = {"eos": state.eos, "pad_id": self.pad_id}
+        if isinstance(selected, Decided):
+            kept = (state.slots, state.draws, state.requests, state.history)
+            return advance_chosen_(selected.choice, selected.flags, *kept, state.limits, **ids)
+        common = (expansion.logits, selected.candidates, state.slots, state.requests, state.history)
+        options = {
+            "bitmask": expansion.bitmask,
+            "temperature": expansion.temperature,
+            "end_penalty": selected.end_penalty,
+        }
+        if state.in_place:
+            return advance_in_place_(*common, state.limits, **ids, **options)
+        by_arrival, exact = self.stopping.by_arrival, self.stopping.exact
+        return advance_pool_(*common, state.pool, state.limits, by_arrival=by_arrival, exact=exact, **ids, **options)
+
+    @staticmethod
+    def _step_of_groups(state: State, moves: Moves, given: int | None) -> Step:
+        """The moves of all groups of a request side by side; ``given`` rows of each were repeated at its first step."""
+        if state.groups == 1:
+            return Step(*moves)
+        slots = moves.parents.shape[1]
+        shift = torch.arange(0, state.beam_size, slots, device=state.device).repeat(state.batch_size)[:, None]
+        shape = (state.batch_size, state.beam_size)
+        rows = moves.source_rows if given is None else moves.source_rows // state.groups * given
+        parents = (moves.parents + shift).view(shape)
+        return Step(moves.tokens.view(shape), parents, rows, moves.valid.view(shape))
 
     def _begun(self, state: State, vocab_size: int) -> tuple[Any, Tensor | None]:
         """The constraint's state and, where needed, the bitmask of every token but EOS: made at the first step."""
@@ -270,7 +254,8 @@ class BeamSearch:
         constraint_state, without_eos = None, None
         if self.constraint is not None:
             constraint_state = self.constraint.init(state.batch_size, state.beam_size, vocab_size, state.device)
-        if self.normalize == "allowed" and state.eos is not None and max(self.min_length.values) > 0:
+        renormalizes = self.normalize == "allowed" or self.selection.seed is not None
+        if renormalizes and state.eos is not None and max(self.min_length.values) > 0:
             tokens = torch.arange(vocab_size, device=state.device)
             without_eos = pack_bitmask((tokens[:, None] != state.eos).all(1))
         return constraint_state, without_eos
@@ -281,7 +266,8 @@ class BeamSearch:
         """The bitmask with EOS taken out where ``min_length`` bans it; needed only to renormalise over the rest."""
         if without_eos is None:
             return mask
-        banned = (state.requests.steps + 1 < state.limits.min_length).repeat_interleave(rows // state.batch_size)
+        banned = state.requests.steps + 1 < state.limits.min_length
+        banned = banned.repeat_interleave(rows // banned.shape[0])
         allowed = torch.where(banned[:, None], without_eos, torch.full_like(without_eos, -1))
         return allowed if mask is None else allowed & mask[:, : allowed.shape[1]]
 

@@ -1,15 +1,17 @@
 """Where a search stands: everything the device knows, and nothing the host must ask it for."""
 
 import copy
+import functools
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from flashbeam.kernels import History, Limits, Pool, Requests, Slots
+from flashbeam.kernels import Draws, History, Limits, Pool, Requests, Slots
 
 from .hypotheses import Hypotheses, collect
+from .selection import Selection
 
 
 @dataclass
@@ -17,10 +19,12 @@ class State:
     """A batch of searches under way, made by ``BeamSearch.init`` and changed in place by ``BeamSearch.step``.
 
     B requests, K slots, T steps at most. All tensors are allocated once. Besides the fields, ``done`` and ``flags`` are
-    what a caller's loop looks at.
+    what a caller's loop looks at. Where a rule divides a beam into G groups, the tensors below hold each group as a
+    request of its own: B * G of them, with K / G slots.
     """
 
     slots: Slots
+    draws: Draws
     requests: Requests
     history: History
     pool: Pool
@@ -28,6 +32,8 @@ class State:
     temperature: Tensor | None  # float32 [B, K]; None where every request has 1
     eos: Tensor | None  # int64 [n]
     request_ids: Tensor  # int64 [B], key the randomness
+    seed: Tensor  # int64 [1], the key of the randomness; a captured graph reads it anew
+    selection: Selection
     in_place: bool  # finished hypotheses stay in their slots
     pad_id: int
     constraint_state: Any = None  # a nest of tensors, rows first
@@ -37,12 +43,17 @@ class State:
     @property
     def batch_size(self) -> int:
         """B."""
-        return self.slots.log_probs.shape[0]
+        return self.slots.log_probs.shape[0] // self.groups
 
     @property
     def beam_size(self) -> int:
         """K, the widest request's."""
-        return self.slots.log_probs.shape[1]
+        return self.slots.log_probs.shape[1] * self.groups
+
+    @property
+    def groups(self) -> int:
+        """G, parts of a beam that rank, finish and stop on their own."""
+        return self.selection.groups
 
     @property
     def device(self) -> torch.device:
@@ -52,17 +63,21 @@ class State:
     @property
     def done(self) -> Tensor:
         """bool ``[B]``: the request needs no more steps. On the device; reading it does not synchronise."""
-        return self.requests.done
+        if self.groups == 1:
+            return self.requests.done
+        return self.requests.done.view(-1, self.groups).all(1)
 
     @property
     def flags(self) -> Tensor:
         """int32 ``[B]``: the sum of ``FLAG_NAN``, ``FLAG_INF`` and ``FLAG_DEAD_END`` where they occurred, else 0."""
-        return self.requests.flags
+        if self.groups == 1:
+            return self.requests.flags
+        return functools.reduce(torch.bitwise_or, self.requests.flags.view(-1, self.groups).unbind(1))
 
     @property
     def log_probs(self) -> Tensor:
         """float32 ``[B, K]``: cumulative log-probability of what is in each slot; ``-inf`` in an empty one."""
-        return self.slots.log_probs
+        return self.slots.log_probs.view(self.batch_size, self.beam_size)
 
     def all_done(self) -> bool:
         """Whether every request is done. Waits for the device: the loop's only synchronisation."""
@@ -81,6 +96,8 @@ def _cloned(value: Any) -> Any:
     """A nest with every tensor in it cloned."""
     if isinstance(value, Tensor):
         return value.clone()
+    if isinstance(value, Selection):  # settings
+        return value
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         return type(value)(*map(_cloned, value))
     return copy.deepcopy(value)  # tensors clone under deepcopy too

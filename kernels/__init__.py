@@ -3,12 +3,28 @@
 A CPU tensor runs the torch definition, a CUDA tensor the kernel; the results are equal (docs/numerics.md).
 """
 
+from .advance_chosen import Choice, advance_chosen_
 from .advance_in_place import advance_in_place_
 from .advance_pool import advance_pool_
-from .beamstate import FLAG_DEAD_END, History, Limits, Moves, Pool, Requests, Slots
+from .beamstate import (
+    FLAG_DEAD_END,
+    Draws,
+    Endings,
+    History,
+    Limits,
+    Moves,
+    Pool,
+    Requests,
+    Slots,
+    endings,
+    total_order,
+)
 from .bitmask import apply_bitmask_, pack_bitmask, unpack_bitmask
+from .draw import Drawn, draw_children
 from .history import backtrace, trace_slots, update_ancestry
+from .keys import token_log_prob
 from .lse import FLAG_INF, FLAG_NAN
+from .random import Stream, child_nodes, gumbel, random_bits, random_codes, root_nodes
 from .reorder import check_reorder, reorder
 from .select import Candidates, top_candidates
 from .summary import Summary, Tiles, summarize
@@ -19,6 +35,10 @@ __all__ = [
     "FLAG_INF",
     "FLAG_NAN",
     "Candidates",
+    "Choice",
+    "Drawn",
+    "Draws",
+    "Endings",
     "History",
     "Limits",
     "Moves",
@@ -26,20 +46,31 @@ __all__ = [
     "Requests",
     "Selected",
     "Slots",
+    "Stream",
     "Summary",
     "Tiles",
     "TopK",
+    "advance_chosen_",
     "advance_in_place_",
     "advance_pool_",
     "apply_bitmask_",
     "backtrace",
     "check_reorder",
+    "child_nodes",
+    "draw_children",
+    "endings",
+    "gumbel",
     "pack_bitmask",
+    "random_bits",
+    "random_codes",
     "reorder",
+    "root_nodes",
     "select_beams",
     "summarize",
+    "token_log_prob",
     "top_candidates",
     "topk_log_probs",
+    "total_order",
     "trace_slots",
     "unpack_bitmask",
     "update_ancestry",

@@ -111,8 +111,8 @@ def _fake(
 
 _op = register(
     "advance_in_place_(Tensor logits, Tensor? bitmask, Tensor? temperature, Tensor? eos, Tensor[] candidates, "
-    "Tensor(a!)[] slots, Tensor(b!)[] requests, Tensor(c!)[] history, Tensor[] limits, Tensor? end_penalty, int pad_id) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
+    "Tensor(a!)[] slots, Tensor(b!)[] requests, Tensor(c!)[] history, Tensor[] limits, Tensor? end_penalty, "
+    "int pad_id) -> (Tensor, Tensor, Tensor, Tensor)",
     _advance_in_place,
     _fake,
     "advance_in_place",

@@ -27,6 +27,15 @@ class Slots(NamedTuple):
     scores: Tensor  # float32 [B, K], what is ranked, before a length norm: log_probs, less penalties; or perturbed
 
 
+class Draws(NamedTuple):
+    """What rules that sample keep for each slot."""
+
+    nodes: Tensor  # int64 [B, K], hash of the prefix: see kernels/random.py
+    sampling_log_probs: Tensor  # float32 [B, K], cumulative, of what was sampled from
+    log_inclusion: Tensor  # float32 [B, K], cumulative log-probability of having been chosen along the way
+    codes: Tensor  # int64 [B, K], an arithmetic code's 64 bits
+
+
 class Requests(NamedTuple):
     """How far each request is."""
 

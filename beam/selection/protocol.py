@@ -4,21 +4,47 @@ from typing import NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor
 
-from flashbeam.kernels import Candidates
+from flashbeam.kernels import Candidates, Choice, Draws, Limits, Requests, Slots
 
 
 class Expansion(NamedTuple):
     """The rows to be expanded at a step: P parents of each of B requests, ``R = B * P``."""
 
     logits: Tensor  # [R, V] float32, float16 or bfloat16
-    log_probs: Tensor  # float32 [B, P], cumulative
     active: Tensor  # bool [R], rows that are read
     bitmask: Tensor | None  # int32 [R, ceil(V / 32)], set bits are allowed
     temperature: Tensor | None  # float32 [R]
-    exclude: Tensor | None  # int64 [n], EOS ids: normalised over, but decided elsewhere
-    divisor: Tensor | None  # float32 [B], scores are log_prob / divisor
+    eos: Tensor | None  # int64 [n]
+    divisor: Tensor | None  # float32 [B], candidates rank by scores / divisor
     normalize: str
     vocab_size: int
+    pad_id: int
+    # the search's own tensors, not to be changed
+    slots: Slots
+    draws: Draws
+    requests: Requests
+    limits: Limits
+    seed: Tensor  # int64 [1]
+    first: bool  # the requests' first step: slot 0 is the only one to expand
+
+    @property
+    def parents(self) -> int:
+        """P."""
+        return self.logits.shape[0] // self.slots.log_probs.shape[0]
+
+
+class Ranked(NamedTuple):
+    """Candidates that are not EOS, still to be ranked with the EOS candidates and, in place, the frozen ones."""
+
+    candidates: Candidates
+    end_penalty: Tensor | None = None  # float32 [B, P * n_eos], taken from the scores of EOS candidates
+
+
+class Decided(NamedTuple):
+    """What every slot is to hold, frozen hypotheses included."""
+
+    choice: Choice
+    flags: Tensor  # int32 [R], FLAG_NAN and FLAG_INF of the rows read
 
 
 @runtime_checkable
@@ -26,7 +52,10 @@ class Selection(Protocol):
     """A rule that picks ``k`` candidates per request."""
 
     regimes: tuple[str, ...]  # regimes for finished hypotheses it is correct in; the first is the default
+    seed: int | None  # of a rule that samples: it draws from what is allowed, and does not rank by length
+    reports: tuple[str, ...]  # fields it adds to the hypotheses: sampling_log_probs, log_inclusion, perturbed
+    groups: int  # parts of a beam that rank, finish and stop on their own; each is a request to ``select``
 
-    def select(self, expansion: Expansion, k: int) -> Candidates:
-        """The ``k`` candidates of each request that are to live on, best first; no host synchronisation."""
+    def select(self, expansion: Expansion, k: int) -> Ranked | Decided:
+        """What is to live on, best first; no host synchronisation, and nothing given is changed."""
         ...

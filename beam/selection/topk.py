@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 
-from flashbeam.kernels import Candidates, top_candidates
+from flashbeam.kernels import top_candidates
 
-from .protocol import Expansion
+from .protocol import Expansion, Ranked
 
 
 @dataclass(frozen=True)
@@ -12,18 +12,22 @@ class TopK:
     """Keep the candidates with the best scores, in the total order (docs/concepts.md)."""
 
     regimes = ("pool", "in_place")
+    seed = None
+    reports = ()
+    groups = 1
 
-    def select(self, expansion: Expansion, k: int) -> Candidates:
+    def select(self, expansion: Expansion, k: int) -> Ranked:
         """See :class:`flashbeam.selection.Selection`."""
-        return top_candidates(
+        best = top_candidates(
             expansion.logits,
-            expansion.log_probs,
+            expansion.slots.log_probs[:, : expansion.parents],
             k,
             bitmask=expansion.bitmask,
             temperature=expansion.temperature,
             active=expansion.active,
-            exclude=expansion.exclude,
+            exclude=expansion.eos,
             divisor=expansion.divisor,
             normalize=expansion.normalize,
             vocab_size=expansion.vocab_size,
         )
+        return Ranked(best)

@@ -1,0 +1,94 @@
+"""Diverse beam search: groups of beams that avoid each other's tokens."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from flashbeam.kernels import Candidates, total_order
+
+from ..arguments import nonnegative_number, whole_number
+from .protocol import Expansion, Ranked
+from .siblings import Children, children, rank_again
+
+
+@dataclass(frozen=True)
+class DiverseGroups:
+    """Divide the beam into ``groups`` that choose in turn; a token costs ``strength`` for each earlier choice of it.
+
+    Vijayakumar et al. 2016, "Diverse beam search", algorithm 1 with Hamming diversity. Choices are those of the earlier
+    groups at this step, EOS among them. Each group has its own pool and stops on its own. What is paid stays in
+    ``scores``; ``log_probs`` are the model's. All groups are resolved from one pass over the logits: penalties only
+    lower tokens, at most ``beam_size`` of them, so a group's best are among the ``beam_size`` best of its rows.
+    """
+
+    groups: int
+    strength: float
+    regimes = ("pool",)
+    seed = None
+    reports = ()
+
+    def __post_init__(self) -> None:
+        whole_number(1)("groups", self.groups)
+        nonnegative_number("strength", self.strength)
+
+    def select(self, expansion: Expansion, k: int) -> Ranked:
+        """See :class:`flashbeam.selection.Selection`."""
+        found = children(expansion, k * self.groups)
+        width = expansion.limits.width.view(-1, self.groups)
+        chosen = found.tokens.new_empty(width.shape[0], 0)
+        groups = []
+        for group in range(self.groups):
+            mine = _of_group(found, group, self.groups)
+            best = rank_again(mine, mine.scores - self.strength * _count(chosen, mine.tokens), k)
+            penalty = None
+            picks = _valid(best, width[:, group])
+            if mine.ends is not None:
+                penalty = self.strength * _count(chosen, mine.ends.tokens)
+                picks = torch.cat([picks, _finishing(mine, best, penalty, width[:, group])], 1)
+            groups.append((best, penalty))
+            chosen = torch.cat([chosen, picks], 1)
+        best = Candidates(*(_interleave(fields) for fields in zip(*(best for best, _ in groups), strict=True)))
+        best = best._replace(lse=found.lse, flags=found.flags)
+        if found.ends is None:
+            return Ranked(best)
+        return Ranked(best, _interleave(tuple(penalty for _, penalty in groups if penalty is not None)))
+
+
+def _interleave(fields: tuple[Tensor, ...]) -> Tensor:
+    """Tensors ``[B, *]`` of the groups as one ``[B * G, *]``, a request's groups side by side."""
+    return torch.stack(fields, 1).flatten(0, 1)
+
+
+def _of_group(found: Children, group: int, groups: int) -> Children:
+    ends = found.ends if found.ends is None else type(found.ends)(*(field[group::groups] for field in found.ends))
+    rows = (field[group::groups] for field in found[:4])
+    return Children(*rows, lse=found.lse, flags=found.flags, ends=ends)
+
+
+def _count(chosen: Tensor, tokens: Tensor) -> Tensor:
+    """How often ``tokens [B, *]`` are in ``chosen [B, m]``, float32."""
+    if chosen.shape[1] == 0:
+        return torch.zeros_like(tokens, dtype=torch.float32)
+    ordered, flat = chosen.sort(1).values, tokens.flatten(1).contiguous()
+    count = torch.searchsorted(ordered, flat, right=True) - torch.searchsorted(ordered, flat)
+    return count.float().view(tokens.shape)
+
+
+def _valid(best: Candidates, width: Tensor) -> Tensor:
+    """The tokens that live on, -1 for none."""
+    place = torch.arange(best.tokens.shape[1], device=best.tokens.device)
+    return best.tokens.masked_fill((best.log_probs == -torch.inf) | (place >= width[:, None]), -1)
+
+
+def _finishing(found: Children, best: Candidates, penalty: Tensor, width: Tensor) -> Tensor:
+    """The EOS tokens among the ``width`` best candidates, -1 for the others."""
+    ends = found.ends
+    assert ends is not None
+    scores = ends.scores - penalty
+    order = total_order(
+        (best.scores, best.parents, best.adjusted, best.tokens), (scores, ends.parents, ends.adjusted, ends.tokens)
+    )
+    place = torch.arange(order.shape[1], device=order.device).expand_as(order)
+    rank = torch.empty_like(order).scatter_(1, order, place)[:, best.tokens.shape[1] :]
+    return ends.tokens.masked_fill((rank >= width[:, None]) | (ends.log_probs == -torch.inf), -1)

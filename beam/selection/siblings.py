@@ -1,0 +1,64 @@
+"""The children of each parent, best first: what the diverse rules rank anew."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from flashbeam.kernels import Candidates, Endings, endings, token_log_prob, top_candidates, total_order
+
+from .protocol import Expansion
+
+
+class Children(NamedTuple):
+    """The best children of every parent that are not EOS, and the EOS ones."""
+
+    log_probs: Tensor  # float32 [B, P, L], cumulative, the model's; -inf where there is none
+    scores: Tensor  # float32 [B, P, L], accumulated, this step not penalised
+    tokens: Tensor  # int64 [B, P, L]
+    adjusted: Tensor  # float32 [B, P, L]
+    lse: Tensor  # float32 [R]
+    flags: Tensor  # int32 [R]
+    ends: Endings | None  # [B, P * n_eos]
+
+
+def children(expansion: Expansion, count: int) -> Children:
+    """The ``count`` best children of each parent, from one pass over the logits."""
+    parents = expansion.parents
+    slots, rows = expansion.slots, expansion.logits.shape[0]
+    best = top_candidates(
+        expansion.logits,
+        slots.log_probs[:, :parents].reshape(rows, 1),
+        count,
+        bitmask=expansion.bitmask,
+        temperature=expansion.temperature,
+        active=expansion.active,
+        exclude=expansion.eos,
+        normalize=expansion.normalize,
+        vocab_size=expansion.vocab_size,
+    )
+    log_probs, tokens, adjusted = (
+        field.view(-1, parents, count) for field in (best.log_probs, best.tokens, best.adjusted)
+    )
+    increments = token_log_prob(adjusted, best.lse.view(-1, parents, 1))
+    scores = (slots.scores[:, :parents, None] + increments).masked_fill(log_probs == -torch.inf, -torch.inf)
+    ends = None
+    if expansion.eos is not None:
+        may_end = expansion.limits.min_length <= expansion.requests.steps + 1
+        ends = endings(
+            expansion.logits, best.lse, expansion.bitmask, expansion.temperature, expansion.eos, slots, may_end, None
+        )
+    return Children(log_probs, scores, tokens, adjusted, best.lse, best.flags, ends)
+
+
+def rank_again(found: Children, scores: Tensor, k: int, divisor: Tensor | None = None) -> Candidates:
+    """The ``k`` best of all children of each request by ``scores [B, P, L]``."""
+    parents, count = scores.shape[1:]
+    parent = torch.arange(parents, device=scores.device).repeat_interleave(count).expand(scores.shape[0], -1)
+    rank = scores if divisor is None else scores / divisor[:, None, None]
+    adjusted, tokens = found.adjusted.flatten(1), found.tokens.flatten(1)
+    order = total_order((rank.flatten(1), parent, adjusted, tokens))[:, :k]
+    log_probs, scores, tokens, adjusted, parent = (
+        field.gather(1, order) for field in (found.log_probs.flatten(1), scores.flatten(1), tokens, adjusted, parent)
+    )
+    return Candidates(log_probs, parent, tokens, adjusted, found.lse, found.flags, scores)
