@@ -1,13 +1,25 @@
 """flashbeam: batched beam search for people who own their inference loop."""
 
-from flashbeam.kernels import FLAG_DEAD_END, FLAG_INF, FLAG_NAN
+from flashbeam.kernels import FLAG_DEAD_END, FLAG_INEXACT, FLAG_INF, FLAG_NAN
 
 from .cache import reorder
 from .decode import decode
+from .estimate import estimate, weights
 from .hypotheses import Hypotheses
+from .noise import Noised, noise
+from .p_exact import PExact, p_exact
 from .scoring import GNMT
 from .search import BeamSearch, Step
-from .selection import DiverseGroups, DiverseSiblings, DynamicWidth, Stochastic, TopK
+from .selection import (
+    Arithmetic,
+    ConditionalPoisson,
+    DiverseGroups,
+    DiverseSiblings,
+    DynamicWidth,
+    Sample,
+    Stochastic,
+    TopK,
+)
 from .state import State
 from .stopping import Exact, Exhausted, FirstFinished, Patience
 
@@ -15,10 +27,13 @@ __version__ = "0.1.0"
 
 __all__ = [
     "FLAG_DEAD_END",
+    "FLAG_INEXACT",
     "FLAG_INF",
     "FLAG_NAN",
     "GNMT",
+    "Arithmetic",
     "BeamSearch",
+    "ConditionalPoisson",
     "DiverseGroups",
     "DiverseSiblings",
     "DynamicWidth",
@@ -26,11 +41,18 @@ __all__ = [
     "Exhausted",
     "FirstFinished",
     "Hypotheses",
+    "Noised",
+    "PExact",
     "Patience",
+    "Sample",
     "State",
     "Step",
     "Stochastic",
     "TopK",
     "decode",
+    "estimate",
+    "noise",
+    "p_exact",
     "reorder",
+    "weights",
 ]

@@ -100,6 +100,14 @@ def probability(name: str, value: Any) -> float:
     return number
 
 
+def share(name: str, value: Any) -> float:
+    """A check for numbers of at least 0 and at most 1."""
+    number = finite_number(name, value)
+    if not 0 <= number <= 1:
+        raise ValueError(f"{name}: expected a number from 0 to 1, got {value}")
+    return number
+
+
 def seed_number(name: str, value: Any) -> int:
     """A check for 64-bit seeds."""
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)):

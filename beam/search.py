@@ -205,6 +205,7 @@ class BeamSearch:
             draws=state.draws,
             requests=state.requests,
             limits=state.limits,
+            request_ids=state.request_ids,
             seed=state.seed,
             first=first,
         )

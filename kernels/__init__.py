@@ -8,6 +8,7 @@ from .advance_in_place import advance_in_place_
 from .advance_pool import advance_pool_
 from .beamstate import (
     FLAG_DEAD_END,
+    FLAG_INEXACT,
     Draws,
     Endings,
     History,
@@ -19,11 +20,14 @@ from .beamstate import (
     endings,
     total_order,
 )
-from .bitmask import apply_bitmask_, pack_bitmask, unpack_bitmask
+from .bitmask import apply_bitmask_, mark_bits, pack_bitmask, unpack_bitmask
 from .draw import Drawn, draw_children
+from .filters import filter_bitmask
 from .history import backtrace, trace_slots, update_ancestry
+from .invert import Inverted, invert_cdf
 from .keys import token_log_prob
 from .lse import FLAG_INF, FLAG_NAN
+from .poisson import PoissonSample, conditional_poisson, words_needed
 from .random import Stream, child_nodes, gumbel, random_bits, random_codes, root_nodes
 from .reorder import check_reorder, reorder
 from .select import Candidates, top_candidates
@@ -32,6 +36,7 @@ from .topk import Selected, TopK, select_beams, topk_log_probs
 
 __all__ = [
     "FLAG_DEAD_END",
+    "FLAG_INEXACT",
     "FLAG_INF",
     "FLAG_NAN",
     "Candidates",
@@ -40,8 +45,10 @@ __all__ = [
     "Draws",
     "Endings",
     "History",
+    "Inverted",
     "Limits",
     "Moves",
+    "PoissonSample",
     "Pool",
     "Requests",
     "Selected",
@@ -57,9 +64,13 @@ __all__ = [
     "backtrace",
     "check_reorder",
     "child_nodes",
+    "conditional_poisson",
     "draw_children",
     "endings",
+    "filter_bitmask",
     "gumbel",
+    "invert_cdf",
+    "mark_bits",
     "pack_bitmask",
     "random_bits",
     "random_codes",
@@ -74,4 +85,5 @@ __all__ = [
     "trace_slots",
     "unpack_bitmask",
     "update_ancestry",
+    "words_needed",
 ]

@@ -14,6 +14,7 @@ from .keys import adjust, lexsort_descending, pack_key, token_log_prob
 from .lse import FLAG_INF, FLAG_NAN
 
 FLAG_DEAD_END = 4
+FLAG_INEXACT = 8
 
 
 class Slots(NamedTuple):
@@ -40,7 +41,7 @@ class Requests(NamedTuple):
     """How far each request is."""
 
     done: Tensor  # bool [B]
-    flags: Tensor  # int32 [B], FLAG_NAN, FLAG_INF, FLAG_DEAD_END
+    flags: Tensor  # int32 [B], FLAG_NAN, FLAG_INF, FLAG_DEAD_END, FLAG_INEXACT
     steps: Tensor  # int32 [B], decode steps made; stands still when done
 
 
@@ -158,7 +159,7 @@ def report_faults(requests: Requests, row_flags: Tensor, dead_end: Tensor) -> No
     """Raise the flags of a step: ``row_flags`` int32 ``[B * P]`` of the rows read, ``dead_end`` bool ``[B]``."""
     if bool(row_flags.any()):
         rows = row_flags.view(requests.flags.shape[0], -1)
-        for flag in (FLAG_NAN, FLAG_INF):
+        for flag in (FLAG_NAN, FLAG_INF, FLAG_INEXACT):
             requests.flags.bitwise_or_((rows & flag).amax(1))
     requests.flags.bitwise_or_(dead_end.int() * FLAG_DEAD_END)
 

@@ -36,6 +36,18 @@ def bits_at(bitmask: Tensor, rows: Tensor | slice, tokens: Tensor) -> Tensor:
     return (bitmask[rows, tokens // WORD_BITS] >> (tokens % WORD_BITS)) & 1 != 0
 
 
+def mark_bits(rows: Tensor, tokens: Tensor, marked: Tensor, size: int, vocab_size: int) -> Tensor:
+    """A bitmask int32 ``[size, ceil(vocab_size / 32)]`` of the pairs of ``rows`` and ``tokens`` that are ``marked``.
+
+    The three have one shape, and the pairs that are marked are distinct.
+    """
+    words = words_of(vocab_size)
+    bits = marked.long() << (tokens % WORD_BITS)  # distinct, so their sum is their union
+    flat = torch.zeros(size * words, dtype=torch.int64, device=tokens.device)
+    flat.scatter_add_(0, (rows * words + tokens // WORD_BITS).flatten(), bits.flatten())
+    return flat.to(torch.int32).view(size, words)  # the lower 32 bits
+
+
 def _pack(mask: Tensor) -> Tensor:
     """The torch definition."""
     *lead, vocab_size = mask.shape

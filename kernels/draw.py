@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from .bitmask import bits_at
+from .checks import contiguous
 from .keys import adjust, pack_key, token_log_prob
 from .random import Stream, gumbel, random_bits
 from .registration import register
@@ -198,4 +199,4 @@ def draw_children(
     """
     size = logits.shape[1] if vocab_size is None else vocab_size
     fields = (log_probs.contiguous(), perturbed.contiguous(), nodes.contiguous(), tile_ref, tile_sum, lse)
-    return Drawn(*_op(logits, *fields, size, k, bitmask, temperature, seed))
+    return Drawn(*_op(logits, *fields, size, k, bitmask, contiguous(temperature), seed))

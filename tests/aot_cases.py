@@ -91,7 +91,9 @@ def _ancestry(beams: int = BEAMS) -> tuple[Tensor, ...]:
     return _new(BATCH, beams, LENGTH, dtype=_i32), _new(BATCH, beams, dtype=_i64), _new(1, dtype=_i64)[0]
 
 
-def _advance(beams: int, pool: bool, n_eos: int = 2, options: bool = False) -> tuple[object, ...]:
+def _advance(
+    beams: int, pool: bool, n_eos: int = 2, options: bool = False, penalty: bool = False
+) -> tuple[object, ...]:
     """The arguments of both launchers, fields in the order of ``kernels/beamstate.py``."""
     rows, slots, requests, table = BATCH * beams, (BATCH, beams), (BATCH,), (BATCH, LENGTH + 1)
     places = [_new(*slots) for _ in range(3)] + [_new(*slots, dtype=_i32) for _ in range(4)]
@@ -107,14 +109,74 @@ def _advance(beams: int, pool: bool, n_eos: int = 2, options: bool = False) -> t
             _new(*slots),
             _new(rows),
             _new(rows, dtype=_i32),
+            _new(*slots),
         ],
-        [_new(*slots), *(_new(*slots, dtype=dtype) for dtype in (_i32, _i32, torch.bool, torch.bool))],
+        [_new(*slots), *(_new(*slots, dtype=dtype) for dtype in (_i32, _i32, torch.bool, torch.bool)), _new(*slots)],
         [_new(*requests, dtype=dtype) for dtype in (torch.bool, _i32, _i32)],
         [_new(LENGTH, *slots, dtype=dtype) for dtype in (_i32, _i32, _f32)],
         *([places] if pool else []),
         [*(_new(*requests, dtype=_i32) for _ in range(4)), _new(*table), _new(*table)],
+        _new(BATCH, beams * n_eos) if penalty else None,
         0,
     )
+
+
+def _draw(dtype: torch.dtype, k: int, options: bool = False) -> tuple[object, ...]:
+    tiles, parents = -(-VOCAB // 2048), (BATCH, BEAMS)
+    return (
+        _new(ROWS, VOCAB, dtype=dtype),
+        _new(*parents),
+        _new(*parents),
+        _new(*parents, dtype=_i64),
+        _new(ROWS, tiles, dtype=dtype),
+        _new(ROWS, tiles),
+        _new(ROWS),
+        VOCAB,
+        k,
+        _bits() if options else None,
+        _new(ROWS) if options else None,
+        _new(1, dtype=_i64),
+    )
+
+
+def _advance_chosen(beams: int, n_eos: int = 2) -> tuple[object, ...]:
+    _, _, _, eos, _, slots, requests, history, limits, *_ = _advance(beams, False, n_eos)
+    slot = (BATCH, beams)
+    ids, floats = partial(_new, *slot, dtype=_i64), partial(_new, *slot)
+    return (
+        [ids(), ids(), *(floats() for _ in range(5)), ids()],
+        _new(BATCH * beams, dtype=_i32),
+        eos,
+        slots,
+        [ids(), floats(), floats(), ids()],
+        requests,
+        history,
+        limits,
+        0,
+    )
+
+
+def _random_bits(count: int, stream: int) -> tuple[object, ...]:
+    return _new(1, dtype=_i64), _new(ROWS, dtype=_i64), _new(ROWS, dtype=_i64), count, stream
+
+
+def _invert_cdf(dtype: torch.dtype, options: bool = False, vocab: int = VOCAB) -> tuple[object, ...]:
+    tiles = -(-vocab // 2048)
+    return (
+        _new(ROWS, vocab, dtype=dtype),
+        _new(ROWS, tiles, dtype=dtype),
+        _new(ROWS, tiles),
+        _new(ROWS, dtype=_i64),
+        _new(ROWS, dtype=_i64),
+        vocab,
+        _new(ROWS, vocab // 32, dtype=_i32) if options else None,
+        _new(ROWS) if options else None,
+    )
+
+
+def _filter_bitmask(dtype: torch.dtype, options: bool, *filters: float) -> tuple[object, ...]:
+    bits, temperature = (_bits(), _new(ROWS)) if options else (None, None)
+    return _new(ROWS, VOCAB, dtype=dtype), VOCAB, bits, temperature, *filters
 
 
 def _cases() -> list[Case]:
@@ -127,6 +189,10 @@ def _cases() -> list[Case]:
     bitmask = partial(Case, "bitmask")
     pool = partial(Case, "advance_pool", "launch_advance_pool_")
     in_place = partial(Case, "advance_in_place", "launch_advance_in_place_")
+    draw = partial(Case, "draw", "launch_draw")
+    chosen = partial(Case, "advance_chosen", "launch_advance_chosen_")
+    invert = partial(Case, "invert", "launch_invert_cdf")
+    filters = partial(Case, "filters", "launch_filter_bitmask")
     return [
         summary("bf16", lambda: _summarize(_bf16)),
         summary("fp16", lambda: _summarize(torch.float16), (90,)),
@@ -165,11 +231,28 @@ def _cases() -> list[Case]:
         bitmask("launch_apply_bitmask_", "bf16", lambda: (_new(ROWS, VOCAB, dtype=_bf16), _bits())),
         pool("8 beams, exact", lambda: (*_advance(8, True), False, True)),
         pool("8 beams, by arrival", lambda: (*_advance(8, True), True, False), (90,)),
-        pool("256 beams, every option", lambda: (*_advance(256, True, options=True), False, True), (90,)),
+        pool("8 beams, end penalty", lambda: (*_advance(8, True, penalty=True), False, True), (90,)),
+        pool("256 beams, every option", lambda: (*_advance(256, True, options=True, penalty=True), False, True), (90,)),
         pool("1024 beams", lambda: (*_advance(1024, True), False, True), (90,)),
         in_place("8 beams", lambda: _advance(8, False)),
         in_place("8 beams, no EOS", lambda: _advance(8, False, n_eos=0), (90,)),
-        in_place("1024 beams, every option", lambda: _advance(1024, False, options=True), (90,)),
+        in_place("8 beams, end penalty", lambda: _advance(8, False, penalty=True), (90,)),
+        in_place("1024 beams, every option", lambda: _advance(1024, False, options=True, penalty=True), (90,)),
+        draw("bf16, k = 8", lambda: _draw(_bf16, 8)),
+        draw("fp32, k = 8, every option", lambda: _draw(_f32, 8, True), (90,)),
+        draw("bf16, k = 256, every option", lambda: _draw(_bf16, 256, True), (90,)),
+        chosen("8 beams", lambda: _advance_chosen(8)),
+        chosen("8 beams, no EOS", lambda: _advance_chosen(8, n_eos=0), (90,)),
+        chosen("1024 beams", lambda: _advance_chosen(1024), (90,)),
+        Case("random", "launch_random_bits", "1 word", lambda: _random_bits(1, 1)),
+        Case("random", "launch_random_bits", "64 words", lambda: _random_bits(64, 7), (90,)),
+        invert("bf16", lambda: _invert_cdf(_bf16)),
+        invert("fp32, every option", lambda: _invert_cdf(_f32, True)),
+        invert("fp16, every option, 2^24 + 64 tokens", lambda: _invert_cdf(torch.float16, True, 2**24 + 64), (90,)),
+        filters("bf16, top-k", lambda: _filter_bitmask(_bf16, False, 50, 1.0, 0.0), (90,)),
+        filters("fp16, min-p", lambda: _filter_bitmask(torch.float16, False, 0, 1.0, 0.1), (90,)),
+        filters("bf16, top-p", lambda: _filter_bitmask(_bf16, False, 0, 0.9, 0.0)),
+        filters("fp32, every option", lambda: _filter_bitmask(_f32, True, 50, 0.9, 0.1)),
     ]
 
 

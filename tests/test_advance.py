@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import random
+from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from torch.utils import _pytree as pytree
 
 import flashbeam as fb
-from flashbeam.kernels import advance_in_place, advance_pool, pack_bitmask, select
+from flashbeam.kernels import advance_in_place, advance_pool, pack_bitmask, select, unpack_bitmask
+from flashbeam.kernels.beamstate import total_order
+from flashbeam.kernels.keys import adjust, token_log_prob
 from flashbeam.kernels.triton.advance_in_place import launch_advance_in_place_
 from flashbeam.kernels.triton.advance_pool import launch_advance_pool_
 from flashbeam.kernels.triton.lse import launch_row_lse
 from flashbeam.kernels.triton.select import launch_select
 from flashbeam.kernels.triton.summary import launch_summarize
-from oracles import TableLM
+from oracles import F32, TableLM
 from test_summary import far_apart
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
@@ -298,6 +302,227 @@ def test_input_not_modified(regime, compared):
         assert torch.equal(field, then)
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# scores that are not log-probabilities
+
+
+class Ranked(NamedTuple):
+    """What ranks by an accumulated score less a penalty for each parent and token."""
+
+    best: select.Candidates
+    increments: torch.Tensor  # float32 [B, P, V]
+    adjusted: torch.Tensor  # float32 [B, P, V]
+    end_penalty: torch.Tensor | None
+
+
+def rank_penalised(state, logits, penalty, bitmask=None, eos_is_penalised=True):
+    """Candidates of rows ``logits [B * P, V]`` under ``penalty [B, P, V]``: everything is sorted."""
+    slots, (rows, vocab_size), k = state.slots, logits.shape, state.beam_size
+    parents = rows // state.batch_size
+    options = {
+        "bitmask": bitmask,
+        "temperature": None if state.temperature is None else state.temperature[:, :parents].flatten(),
+        "active": slots.active[:, :parents].flatten(),
+    }
+    plainly = select.top_candidates(logits, slots.scores[:, :parents].contiguous(), k, **options)
+    adjusted = adjust(logits, None if options["temperature"] is None else options["temperature"][:, None])
+    if bitmask is not None:
+        adjusted = adjusted.masked_fill(~unpack_bitmask(bitmask, vocab_size), -INF)
+    increments, adjusted = (
+        x.view(state.batch_size, parents, vocab_size)
+        for x in (token_log_prob(adjusted, plainly.lse[:, None]), adjusted)
+    )
+    open_slots = slots.active[:, :parents, None]
+    log_probs, scores = (
+        torch.where(open_slots, x[:, :parents, None] + increments, -INF) for x in (slots.log_probs, slots.scores)
+    )
+    scores = scores - penalty
+    if state.eos is not None:
+        scores[:, :, state.eos] = -INF
+    parent, token = torch.cartesian_prod(torch.arange(parents), torch.arange(vocab_size)).T
+    fields = [x.flatten(1) for x in (scores, log_probs, adjusted)]
+    fields += [x.expand(state.batch_size, -1) for x in (parent, token)]
+    order = total_order((fields[0], fields[3], fields[2], fields[4]))[:, :k]
+    scores, log_probs, own, parent, token = (
+        torch.nn.functional.pad(x.gather(1, order), (0, k - order.shape[1]), value=empty)
+        for x, empty in zip(fields, (-INF, -INF, -INF, 0, 0), strict=True)
+    )
+    none = scores == -INF
+    log_probs, own = log_probs.masked_fill(none, -INF), own.masked_fill(none, -INF)
+    parent, token = parent.masked_fill(none, 0), token.masked_fill(none, 0)
+    best = select.Candidates(log_probs, parent, token, own, plainly.lse, plainly.flags, scores)
+    end_penalty = penalty[:, :, state.eos].flatten(1) if state.eos is not None and eos_is_penalised else None
+    return Ranked(best, increments, adjusted, end_penalty)
+
+
+def advance(regime, rule, state, logits, ranked, bitmask=None):
+    """One step of the regime's operation."""
+    parents = len(logits) // state.batch_size
+    options = {
+        "eos": state.eos,
+        "pad_id": state.pad_id,
+        "bitmask": bitmask,
+        "temperature": None if state.temperature is None else state.temperature[:, :parents].flatten(),
+        "end_penalty": ranked.end_penalty,
+    }
+    common = (logits, ranked.best, state.slots, state.requests, state.history)
+    if regime == "in_place":
+        return advance_in_place.advance_in_place_(*common, state.limits, **options)
+    options |= {"by_arrival": rule.by_arrival, "exact": rule.exact}
+    return advance_pool.advance_pool_(*common, state.pool, state.limits, **options)
+
+
+def random_penalty(rng, *shape):
+    """Halves, of both signs, so that scores tie; and a few EOS that cannot rank at all."""
+    penalty = torch.randint(-1, 4, shape) * 0.5
+    if rng.random() < 0.2:
+        penalty[torch.rand(shape) < 0.1] = INF
+    return penalty
+
+
+def run_penalised_search(seed, regime, rule):
+    """Returns whether slots ended up with scores of their own, and whether the pool did."""
+    rng = random.Random(seed)
+    torch.manual_seed(seed)
+    vocab_size, lengths = rng.randint(4, 12), [rng.randint(2, 5), rng.randint(2, 6)]
+    search = fb.BeamSearch(
+        beam_size=[rng.randint(2, 5), rng.randint(2, 5)],
+        max_length=lengths,
+        min_length=[0, rng.randint(0, 2)],
+        eos_id=[2, [1, 3], None, [3, 0, 2]][seed % 4],
+        stopping=rule,
+        finished=regime,
+        length_penalty=rng.choice([[0.0, 1.3], [fb.GNMT(0.6), -0.5], 1.0]),
+        temperature=rng.choice([1.0, [1.0, 0.7]]),
+        pad_id=rng.randint(0, 3),
+    )
+    state, first, slots_differ, pool_differs = search.init(2), True, False, False
+    while not state.all_done():
+        parents = 1 if first and rng.random() < 0.6 else state.beam_size
+        first = False
+        logits = random_logits(rng, 2 * parents, vocab_size)
+        mask = pack_bitmask(torch.rand(2 * parents, vocab_size) < 0.8) if rng.random() < 0.3 else None
+        penalty = random_penalty(rng, 2, parents, vocab_size)
+        ranked = rank_penalised(state, logits, penalty, mask, eos_is_penalised=rng.random() < 0.8)
+        advance(regime, rule, state, logits, ranked, mask)
+        slots_differ |= not torch.equal(state.slots.scores, state.slots.log_probs)
+        norm = state.limits.length_norm.gather(1, (state.pool.steps + 1).long())
+        pool_differs |= not torch.equal(state.pool.scores, state.pool.log_probs / norm)
+    return slots_differ, pool_differs
+
+
+@pytest.mark.parametrize(("regime", "rule", "searches"), SETTINGS, ids=repr)
+def test_penalised_matches_reference(regime, rule, searches, compared):
+    """Scores accumulate apart from log-probabilities; some steps have no penalty of EOS, all have accumulated ones."""
+    first = 1000 + len(repr(rule)) * 4
+    differ = [run_penalised_search(first + i, regime, rule) for i in range(searches)]
+    assert all(slots for slots, _ in differ) and any(pool for _, pool in differ) == (regime == "pool")
+    assert compared[regime].steps > searches
+
+
+@pytest.mark.parametrize("regime", REGIMES)
+def test_penalised_wide_beam(regime, compared):
+    """The penalty of an EOS is found where candidates fill several blocks."""
+    search = fb.BeamSearch([70, 40], 3, [1, 5], finished=regime, stopping=fb.Exhausted())
+    state = search.init(2)
+    for parents in (1, 70, 70):
+        logits = torch.randn(2 * parents, 40).round()
+        ranked = rank_penalised(state, logits, torch.randint(-1, 4, (2, parents, 40)) * 0.5)
+        advance(regime, search.stopping, state, logits, ranked)
+    assert state.all_done()
+
+
+class Beam(NamedTuple):
+    """A live beam, or a finished hypothesis, whose score is then divided by its norm."""
+
+    score: np.float32
+    log_prob: np.float32
+    tokens: tuple[int, ...]
+    rank: int
+
+
+class Oracle:
+    """One request's beams and pool, in Python floats of 32 bits."""
+
+    def __init__(self, width, max_length, quota, norms, bounds, eos, rule):
+        self.width, self.max_length, self.quota, self.norms, self.bounds = width, max_length, quota, norms, bounds
+        self.eos, self.rule, self.done, self.steps = eos, rule, False, 0
+        self.live, self.pool = [Beam(F32(0), F32(0), (), 0)], []
+
+    def step(self, increments, adjusted, penalty):
+        """Each is ``[P, V]``."""
+        if self.done:
+            return
+        self.steps += 1
+        last = self.steps == self.max_length
+        ranked = sorted(
+            (-(beam.score + increments[k, v] - penalty[k, v]), k, -adjusted[k, v], v)
+            for k, beam in enumerate(self.live)
+            for v in range(increments.shape[1])
+            if increments[k, v] > -INF
+        )
+        beams = [
+            Beam(-score, self.live[k].log_prob + increments[k, v], (*self.live[k].tokens, v), rank)
+            for rank, (score, k, _, v) in enumerate(ranked)
+        ]
+        norm = self.norms[self.steps]
+        new = [b._replace(score=b.score / norm) for b in beams[: self.width] if b.tokens[-1] in self.eos]
+        others = [b for b in beams if b.tokens[-1] not in self.eos][: self.width]
+        if self.rule.by_arrival:
+            self.pool += new if last else new[: max(0, self.quota - len(self.pool))]
+            stop = len(self.pool) >= self.quota
+        else:
+            self.pool = sorted(self.pool + new, key=lambda b: -b.score)[: self.width]
+            reach = others[0].score / self.bounds[self.steps] if others else -INF
+            stop = self.rule.exact and len(self.pool) == self.width and self.pool[-1].score >= reach
+        self.live = [b for b in others if not stop and (b.rank < self.width or not last)]
+        if last:
+            self.live = [b for b in others if b.rank < self.width]
+        self.done = stop or last or not self.live
+
+
+def padded(values, size, empty=-INF):
+    return torch.tensor([*values, *[empty] * (size - len(values))])
+
+
+@pytest.mark.parametrize("rule", RULES, ids=repr)
+@pytest.mark.parametrize("penalised", [True, False])
+def test_penalised_pool_step_against_python(penalised, rule, compared):
+    """Without a penalty the scores are the log-probabilities, bit for bit."""
+    ended = 0
+    for seed in range(3):
+        torch.manual_seed(100 + seed)
+        search = fb.BeamSearch([4, 2], [5, 6], [2, 5], stopping=rule, length_penalty=[0.8, 1.0])
+        state = search.init(2)
+        limits = state.limits
+        tables = zip(*(field.tolist() for field in limits[:4]), limits.length_norm, limits.bound_norm, strict=True)
+        oracles = [
+            Oracle(width, max_length, quota, norms.numpy(), bounds.numpy(), {2, 5}, rule)
+            for width, _, max_length, quota, norms, bounds in tables
+        ]
+        for parents in (1, *[4] * 5):
+            logits = torch.randn(2 * parents, 9).round()
+            logits[:, [2, 5]] += seed
+            penalty = torch.randint(0, 4, (2, parents, 9)) * 0.5 if penalised else torch.zeros(2, parents, 9)
+            ranked = rank_penalised(state, logits, penalty, eos_is_penalised=penalised)
+            advance("pool", rule, state, logits, ranked)
+            for b, oracle in enumerate(oracles):
+                oracle.step(*(x[b].numpy() for x in (ranked.increments, ranked.adjusted, penalty)))
+                slots, pool = (type(fields)(*(x[b] for x in fields)) for fields in (state.slots, state.pool))
+                for fields, beams in ((slots, oracle.live), (pool, oracle.pool)):
+                    places = len(fields.scores)
+                    assert torch.equal(fields.scores, padded([float(b.score) for b in beams], places)), seed
+                    assert torch.equal(fields.log_probs, padded([float(b.log_prob) for b in beams], places)), seed
+                    assert torch.equal(fields.ranks, padded([b.rank for b in beams], places, 0)), seed
+                assert torch.equal(pool.tokens, padded([b.tokens[-1] for b in oracle.pool], len(pool.tokens), 0))
+                assert (state.done[b].item(), state.requests.steps[b].item()) == (oracle.done, oracle.steps)
+                if not penalised:
+                    assert torch.equal(slots.scores, slots.log_probs)
+            ended += sum(oracle.done for oracle in oracles)
+        assert state.all_done()
+    assert ended
+
+
 def everything_by_kernels(monkeypatch):
     monkeypatch.setattr(select, "summarize_op", launch_summarize)
     monkeypatch.setattr(select, "row_lse_op", launch_row_lse)
@@ -357,9 +582,11 @@ def test_opcheck(full, dtype, regime, device, monkeypatch):
     options = {"eos_id": [1, 2], "temperature": 0.7, "mask": pack_bitmask(torch.rand(6, 40) < 0.7)} if full else {}
     arguments = recorded(regime, monkeypatch, dtype=dtype, **options)
     arguments = pytree.tree_map_only(torch.Tensor, lambda t: t.to(device), arguments)
+    declared = DEFINITIONS[regime]._schema.arguments
+    if full:
+        arguments[[a.name for a in declared].index("end_penalty")] = torch.ones(2, 6, device=device)
     torch.library.opcheck(DEFINITIONS[regime], tuple(arguments))
-    op = torch.ops.flashbeam.advance_pool_ if regime == "pool" else torch.ops.flashbeam.advance_in_place_
-    mutable = {a.name for a in op.default._schema.arguments if a.alias_info is not None and a.alias_info.is_write}
+    mutable = {a.name for a in declared if a.alias_info is not None and a.alias_info.is_write}
     assert mutable == {"slots", "requests", "history"} | ({"pool"} if regime == "pool" else set())
 
 

@@ -5,32 +5,36 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flashbeam.kernels import Choice, Tiles, summarize
+from flashbeam.kernels import Choice, Tiles, summarize, token_log_prob
 
 from .protocol import Expansion
 
 
-class Allowed(NamedTuple):
-    """The rows of a step as distributions over what is allowed, and as the model's."""
+class Drawable(NamedTuple):
+    """The rows of a step as distributions to draw from, and as the model's."""
 
-    tiles: Tiles  # of the tokens that are allowed
+    tiles: Tiles  # of the tokens that may be drawn
     lse: Tensor  # float32 [R], over them
     model_lse: Tensor  # float32 [R], the normaliser of log_probs
     flags: Tensor  # int32 [R]
 
 
-def summarize_allowed(expansion: Expansion) -> Allowed:
-    """One pass over the logits; a second where log-probabilities are normalised over more than is drawn from."""
+def summarize_drawable(expansion: Expansion, filtered: Tensor | None = None) -> Drawable:
+    """One pass over the logits; a second where log-probabilities are normalised over more than is drawn from.
+
+    ``filtered`` is a bitmask of what may be drawn, where that is less than the step's own allows.
+    """
     options = {
         "temperature": expansion.temperature,
         "active": expansion.active,
         "vocab_size": expansion.vocab_size,
     }
-    drawn = summarize(expansion.logits, bitmask=expansion.bitmask, normalize="allowed", **options)
-    if expansion.bitmask is None or expansion.normalize == "allowed":
-        return Allowed(drawn.tiles, drawn.lse, drawn.lse, drawn.flags)
-    model = summarize(expansion.logits, **options)
-    return Allowed(drawn.tiles, drawn.lse, model.lse, model.flags)
+    mask = expansion.bitmask if filtered is None else filtered
+    drawn = summarize(expansion.logits, bitmask=mask, normalize="allowed", **options)
+    if mask is None or (filtered is None and expansion.normalize == "allowed"):
+        return Drawable(drawn.tiles, drawn.lse, drawn.lse, drawn.flags)
+    model = summarize(expansion.logits, bitmask=expansion.bitmask, normalize=expansion.normalize, **options)
+    return Drawable(drawn.tiles, drawn.lse, model.lse, model.flags)
 
 
 def frozen(expansion: Expansion) -> Choice:
@@ -44,9 +48,35 @@ def frozen(expansion: Expansion) -> Choice:
         token_log_probs=torch.zeros_like(slots.log_probs),
         log_probs=slots.log_probs.masked_fill(none, -torch.inf),
         scores=slots.scores.masked_fill(none, -torch.inf),
-        sampling_log_probs=draws.sampling_log_probs,
+        sampling_log_probs=draws.sampling_log_probs.masked_fill(none, -torch.inf),
         log_inclusion=draws.log_inclusion,
         codes=draws.codes,
+    )
+
+
+def children(
+    expansion: Expansion, drawable: Drawable, tokens: Tensor, parents: Tensor, adjusted: Tensor, scores: Tensor | None
+) -> Choice:
+    """Candidates ``[B, m]`` that were drawn; ranked by log-probability if no ``scores`` are given.
+
+    An ``adjusted`` logit of -inf means that nothing was.
+    """
+    slots, draws, count = expansion.slots, expansion.draws, expansion.parents
+    none = adjusted == -torch.inf
+    increments, sampling_increments = (
+        token_log_prob(adjusted, lse.view(-1, count).gather(1, parents)).masked_fill(none, -torch.inf)
+        for lse in (drawable.model_lse, drawable.lse)
+    )
+    log_probs = slots.log_probs.gather(1, parents) + increments
+    return Choice(
+        tokens=tokens,
+        parents=parents,
+        token_log_probs=increments,
+        log_probs=log_probs,
+        scores=log_probs if scores is None else scores,
+        sampling_log_probs=draws.sampling_log_probs.gather(1, parents) + sampling_increments,
+        log_inclusion=draws.log_inclusion.gather(1, parents),
+        codes=torch.zeros_like(tokens),
     )
 
 

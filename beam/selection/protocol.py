@@ -24,6 +24,7 @@ class Expansion(NamedTuple):
     draws: Draws
     requests: Requests
     limits: Limits
+    request_ids: Tensor  # int64 [B]
     seed: Tensor  # int64 [1]
     first: bool  # the requests' first step: slot 0 is the only one to expand
 

@@ -4,10 +4,10 @@ from dataclasses import dataclass
 
 import torch
 
-from flashbeam.kernels import Choice, Stream, draw_children, gumbel, random_bits, token_log_prob
+from flashbeam.kernels import Stream, draw_children, gumbel, random_bits
 
 from ..arguments import seed_number
-from .choosing import frozen, summarize_allowed, take
+from .choosing import children, frozen, summarize_drawable, take
 from .protocol import Decided, Expansion
 
 
@@ -31,7 +31,7 @@ class Stochastic:
 
     def select(self, expansion: Expansion, k: int) -> Decided:
         """See :class:`flashbeam.selection.Selection`."""
-        allowed = summarize_allowed(expansion)
+        drawable = summarize_drawable(expansion)
         slots, draws, parents = expansion.slots, expansion.draws, expansion.parents
         closed = ~slots.active[:, :parents]
         perturbed = slots.scores[:, :parents]
@@ -43,31 +43,16 @@ class Stochastic:
             draws.sampling_log_probs[:, :parents].masked_fill(closed, -torch.inf),
             perturbed.masked_fill(closed, -torch.inf),
             draws.nodes[:, :parents],
-            allowed.tiles.tile_ref,
-            allowed.tiles.tile_sum,
-            allowed.lse,
+            drawable.tiles.tile_ref,
+            drawable.tiles.tile_sum,
+            drawable.lse,
             k,
             expansion.seed,
             bitmask=expansion.bitmask,
             temperature=expansion.temperature,
             vocab_size=expansion.vocab_size,
         )
-        none = drawn.perturbed == -torch.inf
-        increment, sampling_increment = (
-            token_log_prob(drawn.adjusted, lse.view(-1, parents).gather(1, drawn.parents)).masked_fill(none, -torch.inf)
-            for lse in (allowed.model_lse, allowed.lse)
-        )
-        children = Choice(
-            tokens=drawn.tokens,
-            parents=drawn.parents,
-            token_log_probs=increment,
-            log_probs=slots.log_probs.gather(1, drawn.parents) + increment,
-            scores=drawn.perturbed,
-            sampling_log_probs=draws.sampling_log_probs.gather(1, drawn.parents) + sampling_increment,
-            log_inclusion=torch.zeros_like(increment),
-            codes=torch.zeros_like(drawn.tokens),
-        )
-        rivals = (frozen(expansion), children)
-        scores = torch.cat([rival.scores for rival in rivals], 1)
-        order = scores.sort(dim=1, descending=True, stable=True).indices[:, :k]
-        return Decided(take(rivals, order), allowed.flags)
+        new = children(expansion, drawable, drawn.tokens, drawn.parents, drawn.adjusted, drawn.perturbed)
+        old = frozen(expansion)
+        order = torch.cat([old.scores, new.scores], 1).sort(dim=1, descending=True, stable=True).indices[:, :k]
+        return Decided(take((old, new), order), drawable.flags)

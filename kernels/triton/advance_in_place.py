@@ -23,12 +23,14 @@ def _advance_in_place_kernel(
     best_adjusted_ptr,  # *f32 [B, K]
     lse_ptr,  # *f32 [B * P]
     row_flags_ptr,  # *i32 [B * P]
+    best_scores_ptr,  # *f32 [B, K]
     # Slots, modified
     log_probs_ptr,
     lengths_ptr,
     ranks_ptr,
     ended_ptr,
     active_ptr,
+    scores_ptr,
     # Requests, modified
     done_ptr,
     flags_ptr,
@@ -44,6 +46,7 @@ def _advance_in_place_kernel(
     quota_ptr,
     length_norm_ptr,
     bound_norm_ptr,
+    penalty_ptr,  # *f32 [B, E] or unused
     # Moves, the outputs
     out_tokens_ptr,
     out_parents_ptr,
@@ -51,7 +54,7 @@ def _advance_in_place_kernel(
     out_valid_ptr,
     # scratch
     keys_ptr,  # *i64 [B, 2, 2 * K + E]
-    floats_ptr,  # *f32 [B, 2 * E]
+    floats_ptr,  # *f32 [B, 3 * E]
     ranks_scratch_ptr,  # *i32 [B, 2 * K + E]
     chosen_ptr,  # *i32 [B, K], the candidate that has each slot
     # sizes and strides, in elements
@@ -65,6 +68,7 @@ def _advance_in_place_kernel(
     # meta-parameters
     HAS_BITMASK: tl.constexpr,
     HAS_TEMPERATURE: tl.constexpr,
+    HAS_PENALTY: tl.constexpr,
     N_EOS: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -85,21 +89,22 @@ def _advance_in_place_kernel(
     size = 2 * beams + n_ends
     first_ptr = keys_ptr + request * 2 * size
     second_ptr = first_ptr + size
-    end_log_probs_ptr = floats_ptr + request * 2 * n_ends
-    end_increments_ptr = end_log_probs_ptr + n_ends
+    end_log_probs_ptr = floats_ptr + request * 3 * n_ends
+    end_scores_ptr = end_log_probs_ptr + n_ends
+    end_increments_ptr = end_scores_ptr + n_ends
     all_ranks_ptr = ranks_scratch_ptr + request * size
 
     # keys of the candidates, side by side: those that go on, the frozen ones, those that end here
     slot = tl.arange(0, BLOCK_K)
     inside = slot < beams
-    log_prob = tl.load(best_log_probs_ptr + base + slot, mask=inside, other=-float("inf"))
+    score = tl.load(best_scores_ptr + base + slot, mask=inside, other=-float("inf"))
     parent = tl.load(best_parents_ptr + base + slot, mask=inside, other=0)
-    tl.store(first_ptr + slot, pack_key(tl.div_rn(log_prob, norm), parent), mask=inside)
+    tl.store(first_ptr + slot, pack_key(tl.div_rn(score, norm), parent), mask=inside)
     adjusted = tl.load(best_adjusted_ptr + base + slot, mask=inside, other=-float("inf"))
     token = tl.load(best_tokens_ptr + base + slot, mask=inside, other=0)
     tl.store(second_ptr + slot, pack_key(adjusted, token), mask=inside)
     ended = inside & (tl.load(ended_ptr + base + slot, mask=inside, other=0).to(tl.int32) != 0)
-    frozen = tl.load(log_probs_ptr + base + slot, mask=ended, other=-float("inf"))
+    frozen = tl.load(scores_ptr + base + slot, mask=ended, other=-float("inf"))
     frozen_norm = tl.load(length_norm_ptr + tl.load(lengths_ptr + base + slot, mask=inside, other=0))
     tl.store(first_ptr + beams + slot, pack_key(tl.div_rn(frozen, frozen_norm), slot), mask=inside)
     tl.store(second_ptr + beams + slot, pack_key(tl.zeros([BLOCK_K], tl.float32), slot * 0), mask=inside)
@@ -111,8 +116,11 @@ def _advance_in_place_kernel(
             eos_ptr,
             lse_ptr + row,
             log_probs_ptr + base,
+            scores_ptr + base,
             active_ptr + base,
+            penalty_ptr + request * n_ends,
             end_log_probs_ptr,
+            end_scores_ptr,
             end_increments_ptr,
             first_ptr + 2 * beams,
             second_ptr + 2 * beams,
@@ -123,6 +131,7 @@ def _advance_in_place_kernel(
             norm,
             HAS_BITMASK,
             HAS_TEMPERATURE,
+            HAS_PENALTY,
             N_EOS,
             BLOCK,
         )
@@ -203,6 +212,16 @@ def _advance_in_place_kernel(
     tl.store(ranks_ptr + base + slot, slot, mask=slot < beams * live)
     tl.store(ended_ptr + base + slot, ended, mask=slot < beams * live)
     tl.store(active_ptr + base + slot, active & (done == 0), mask=inside)
+    # scores last, and what was chosen read anew: held until here, they would spill
+    chosen = tl.load(chosen_ptr + base + slot, mask=inside, other=0)
+    score = tl.load(best_scores_ptr + base + chosen, mask=active, other=-float("inf"))
+    was_frozen = keep & (chosen >= beams) & (chosen < 2 * beams)
+    score = tl.where(was_frozen, tl.load(scores_ptr + base + chosen - beams, mask=was_frozen, other=0.0), score)
+    if N_EOS > 0:
+        ends = keep & (chosen >= 2 * beams)
+        score = tl.where(ends, tl.load(end_scores_ptr + chosen - 2 * beams, mask=ends, other=0.0), score)
+    tl.debug_barrier()
+    tl.store(scores_ptr + base + slot, score, mask=slot < beams * live)
 
 
 def launch_advance_in_place_(
@@ -215,6 +234,7 @@ def launch_advance_in_place_(
     requests: list[Tensor],
     history: list[Tensor],
     limits: list[Tensor],
+    end_penalty: Tensor | None,
     pad_id: int,
 ) -> Moves:
     out = fake_moves(candidates)
@@ -224,7 +244,7 @@ def launch_advance_in_place_(
     n_ends = parents * n_eos
     device = logits.device
     keys = torch.empty(batch, 2, 2 * beams + n_ends, dtype=torch.int64, device=device)
-    floats = torch.empty(batch, 2 * n_ends, dtype=torch.float32, device=device)
+    floats = torch.empty(batch, 3 * n_ends, dtype=torch.float32, device=device)
     ranks = torch.empty(batch, 2 * beams + n_ends, dtype=torch.int32, device=device)
     chosen = torch.empty(batch, beams, dtype=torch.int32, device=device)
     wide = beams > 64
@@ -238,6 +258,7 @@ def launch_advance_in_place_(
         *requests,
         *history,
         *limits,
+        logits if end_penalty is None else end_penalty,
         *out,
         keys,
         floats,
@@ -252,8 +273,9 @@ def launch_advance_in_place_(
         0 if bitmask is None else bitmask.stride(0),
         HAS_BITMASK=bitmask is not None,
         HAS_TEMPERATURE=temperature is not None,
+        HAS_PENALTY=end_penalty is not None,
         N_EOS=n_eos,
-        BLOCK=32,
+        BLOCK=64 if wide else 32,
         BLOCK_K=triton.next_power_of_2(beams),
         num_warps=8 if wide else 2,
         enable_fp_fusion=False,

@@ -8,118 +8,7 @@ from torch import Tensor
 from ..beamstate import Moves, fake_moves
 from .beamstate import rank_candidates, write_endings, write_step
 from .keys import pack_key, token_log_prob
-
-
-@triton.jit
-def _count_before(
-    scores_ptr, counts_ptr, size, others_ptr, n_others, STABLE: tl.constexpr, ADD: tl.constexpr, BLOCK: tl.constexpr
-):
-    """Count, for each of ``size`` scores, the other scores that go before it.
-
-    Those are the greater ones and, if ``STABLE``, equal ones at an earlier place; if ``ADD``, all equal ones, and the
-    count is added to what is there.
-    """
-    for start in range(0, size, BLOCK):
-        place = start + tl.arange(0, BLOCK)
-        inside = place < size
-        score = tl.load(scores_ptr + place, mask=inside, other=0.0)[:, None]
-        count = tl.zeros([BLOCK], tl.int32)
-        for other_start in range(0, n_others, BLOCK):
-            other_place = other_start + tl.arange(0, BLOCK)
-            other = tl.load(others_ptr + other_place, mask=other_place < n_others, other=-float("inf"))[None, :]
-            before = other > score
-            if STABLE:
-                before = before | ((other == score) & (other_place[None, :] < place[:, None]))
-            if ADD:
-                before = before | (other == score)
-            count += tl.sum(before.to(tl.int32), 1)
-        if ADD:
-            count += tl.load(counts_ptr + place, mask=inside, other=0)
-        tl.store(counts_ptr + place, count, mask=inside)
-
-
-@triton.jit
-def _collect(
-    # the request's new hypotheses, by rank within the step
-    new,  # i32 [BLOCK_K], place among the EOS candidates; -1 for none
-    end_log_probs_ptr,
-    end_increments_ptr,
-    new_scores_ptr,  # *f32 [K], scratch
-    shift_ptr,  # *i32 [F], scratch
-    to_ptr,  # *i32 [K], scratch
-    eos_ptr,
-    # the request's pool
-    scores_ptr,
-    log_probs_ptr,
-    increments_ptr,
-    tokens_ptr,
-    parents_ptr,
-    steps_ptr,
-    ranks_ptr,
-    # values of the request
-    places,
-    beams,
-    width,
-    quota,
-    last,
-    steps,
-    norm,
-    # meta-parameters
-    N_EOS: tl.constexpr,
-    BY_ARRIVAL: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_F: tl.constexpr,
-):
-    """Merge new hypotheses into the pool: see ``_collect`` of the torch definition."""
-    rank = tl.arange(0, BLOCK_K)
-    fresh = new >= 0
-    place = tl.arange(0, BLOCK_F)
-    inside = place < places
-    new_log_probs = tl.load(end_log_probs_ptr + new, mask=fresh, other=-float("inf"))
-    new_scores = tl.div_rn(new_log_probs, norm)
-    scores = tl.load(scores_ptr + place, mask=inside, other=-float("inf"))
-    log_probs = tl.load(log_probs_ptr + place, mask=inside, other=-float("inf"))
-    held = log_probs > -float("inf")
-    n_held = tl.sum(held.to(tl.int32), 0)
-    if BY_ARRIVAL:
-        number = n_held + tl.cumsum(fresh.to(tl.int32), 0)
-        fresh = fresh & (number <= tl.where(last, places, quota))
-        to = n_held + tl.cumsum(fresh.to(tl.int32), 0) - 1
-        fresh = fresh & (to < places)
-    else:
-        increments = tl.load(increments_ptr + place, mask=held, other=0.0)
-        tokens = tl.load(tokens_ptr + place, mask=held, other=0)
-        parents = tl.load(parents_ptr + place, mask=held, other=0)
-        ends = tl.load(steps_ptr + place, mask=held, other=0)
-        ranks = tl.load(ranks_ptr + place, mask=held, other=0)
-        tl.store(new_scores_ptr + rank, new_scores, mask=rank < beams)
-        tl.debug_barrier()
-        # the pool is in order of score, and what was there before goes first among equals
-        _count_before(scores_ptr, shift_ptr, places, new_scores_ptr, beams, False, False, BLOCK)
-        _count_before(new_scores_ptr, to_ptr, beams, new_scores_ptr, beams, True, False, BLOCK)
-        tl.debug_barrier()
-        _count_before(new_scores_ptr, to_ptr, beams, scores_ptr, places, False, True, BLOCK)
-        tl.debug_barrier()
-        shifted = place + tl.load(shift_ptr + place, mask=inside, other=0)
-        to = tl.load(to_ptr + rank, mask=rank < beams, other=0)
-        stays = held & (shifted < width)
-        tl.store(scores_ptr + shifted, scores, mask=stays)
-        tl.store(log_probs_ptr + shifted, log_probs, mask=stays)
-        tl.store(increments_ptr + shifted, increments, mask=stays)
-        tl.store(tokens_ptr + shifted, tokens, mask=stays)
-        tl.store(parents_ptr + shifted, parents, mask=stays)
-        tl.store(steps_ptr + shifted, ends, mask=stays)
-        tl.store(ranks_ptr + shifted, ranks, mask=stays)
-        fresh = fresh & (to < width)
-    tl.store(scores_ptr + to, new_scores, mask=fresh)
-    tl.store(log_probs_ptr + to, new_log_probs, mask=fresh)
-    tl.store(increments_ptr + to, tl.load(end_increments_ptr + new, mask=fresh, other=0.0), mask=fresh)
-    tl.store(tokens_ptr + to, tl.load(eos_ptr + new % N_EOS, mask=fresh, other=0).to(tl.int32), mask=fresh)
-    tl.store(parents_ptr + to, new // N_EOS, mask=fresh)
-    tl.store(steps_ptr + to, tl.zeros([BLOCK_K], tl.int32) + steps, mask=fresh)
-    tl.store(ranks_ptr + to, rank, mask=fresh)
-    tl.debug_barrier()
+from .pool import collect
 
 
 @triton.jit
@@ -135,12 +24,14 @@ def _advance_pool_kernel(
     best_adjusted_ptr,  # *f32 [B, K]
     lse_ptr,  # *f32 [B * P]
     row_flags_ptr,  # *i32 [B * P]
+    best_scores_ptr,  # *f32 [B, K]
     # Slots, modified
     log_probs_ptr,
     lengths_ptr,
     ranks_ptr,
     ended_ptr,
     active_ptr,
+    scores_ptr,
     # Requests, modified
     done_ptr,
     flags_ptr,
@@ -164,6 +55,7 @@ def _advance_pool_kernel(
     quota_ptr,
     length_norm_ptr,
     bound_norm_ptr,
+    penalty_ptr,  # *f32 [B, E] or unused
     # Moves, the outputs
     out_tokens_ptr,
     out_parents_ptr,
@@ -171,7 +63,7 @@ def _advance_pool_kernel(
     out_valid_ptr,
     # scratch
     keys_ptr,  # *i64 [B, 2, K + E]
-    floats_ptr,  # *f32 [B, 2 * E + K]
+    floats_ptr,  # *f32 [B, 3 * E + K]
     ints_ptr,  # *i32 [B, 3 * K + E + F]
     # sizes and strides, in elements
     batch,
@@ -185,6 +77,7 @@ def _advance_pool_kernel(
     # meta-parameters
     HAS_BITMASK: tl.constexpr,
     HAS_TEMPERATURE: tl.constexpr,
+    HAS_PENALTY: tl.constexpr,
     N_EOS: tl.constexpr,
     BY_ARRIVAL: tl.constexpr,
     EXACT: tl.constexpr,
@@ -207,6 +100,7 @@ def _advance_pool_kernel(
     inside = slot < beams
     own = request * beams + slot
     log_prob = tl.load(best_log_probs_ptr + own, mask=inside, other=-float("inf"))
+    score = tl.load(best_scores_ptr + own, mask=inside, other=-float("inf"))
     parent = tl.load(best_parents_ptr + own, mask=inside, other=0)
     token = tl.load(best_tokens_ptr + own, mask=inside, other=0)
     adjusted = tl.load(best_adjusted_ptr + own, mask=inside, other=-float("inf"))
@@ -219,11 +113,12 @@ def _advance_pool_kernel(
         n_ends = parents * N_EOS
         first_ptr = keys_ptr + request * 2 * (beams + n_ends)
         second_ptr = first_ptr + beams + n_ends
-        end_log_probs_ptr = floats_ptr + request * (2 * n_ends + beams)
-        end_increments_ptr = end_log_probs_ptr + n_ends
+        end_log_probs_ptr = floats_ptr + request * (3 * n_ends + beams)
+        end_scores_ptr = end_log_probs_ptr + n_ends
+        end_increments_ptr = end_scores_ptr + n_ends
         all_ranks_ptr = ints_ptr + request * (3 * beams + n_ends + places)
         by_rank_ptr = all_ranks_ptr + beams + n_ends
-        tl.store(first_ptr + slot, pack_key(log_prob, parent), mask=inside)
+        tl.store(first_ptr + slot, pack_key(score, parent), mask=inside)
         tl.store(second_ptr + slot, pack_key(adjusted, token), mask=inside)
         write_endings(
             x_ptr + row * stride_x,
@@ -232,8 +127,11 @@ def _advance_pool_kernel(
             eos_ptr,
             lse_ptr + row,
             log_probs_ptr + request * beams,
+            scores_ptr + request * beams,
             active_ptr + request * beams,
+            penalty_ptr + request * n_ends,
             end_log_probs_ptr,
+            end_scores_ptr,
             end_increments_ptr,
             first_ptr + beams,
             second_ptr + beams,
@@ -244,6 +142,7 @@ def _advance_pool_kernel(
             1.0,
             HAS_BITMASK,
             HAS_TEMPERATURE,
+            HAS_PENALTY,
             N_EOS,
             BLOCK,
         )
@@ -252,9 +151,9 @@ def _advance_pool_kernel(
         foremost = tl.full([], -float("inf"), tl.float32)
         for start in range(0, n_ends, BLOCK):
             place = start + tl.arange(0, BLOCK)
-            ends = tl.load(end_log_probs_ptr + place, mask=place < n_ends, other=-float("inf"))
+            ends = tl.load(end_scores_ptr + place, mask=place < n_ends, other=-float("inf"))
             foremost = tl.maximum(foremost, tl.max(ends, 0))
-        if foremost >= tl.load(best_log_probs_ptr + request * beams + width - 1):
+        if foremost >= tl.load(best_scores_ptr + request * beams + width - 1):
             rank_candidates(first_ptr, second_ptr, all_ranks_ptr, beams + n_ends, BLOCK)
             tl.store(by_rank_ptr + slot, tl.full([BLOCK_K], -1, tl.int32), mask=inside)
             tl.debug_barrier()
@@ -268,9 +167,10 @@ def _advance_pool_kernel(
             tl.debug_barrier()
             new = tl.load(by_rank_ptr + slot, mask=inside, other=-1)
             if tl.max(new, 0) >= 0:
-                _collect(
+                collect(
                     new,
                     end_log_probs_ptr,
+                    end_scores_ptr,
                     end_increments_ptr,
                     end_increments_ptr + n_ends,
                     by_rank_ptr + beams,
@@ -307,7 +207,7 @@ def _advance_pool_kernel(
         stop = held >= quota
     elif EXACT:
         worst = tl.load(pool_scores_ptr + pool + width - 1)
-        bound = tl.div_rn(tl.load(best_log_probs_ptr + request * beams), tl.load(bound_norm_ptr + table))
+        bound = tl.div_rn(tl.load(best_scores_ptr + request * beams), tl.load(bound_norm_ptr + table))
         stop = (held >= width) & (worst >= bound)
     keep = keep & (slot < tl.where(stop & (last == 0), 0, beams))
     none_left = tl.max(keep.to(tl.int32), 0) == 0
@@ -343,6 +243,7 @@ def _advance_pool_kernel(
         pad_id,
     )
     tl.store(log_probs_ptr + own, tl.where(keep, log_prob, -float("inf")), mask=slot < beams * live)
+    tl.store(scores_ptr + own, tl.where(keep, score, -float("inf")), mask=slot < beams * live)
     tl.store(lengths_ptr + own, lengths + 1, mask=slot < beams * live)
     tl.store(ranks_ptr + own, tl.where(keep, rank, 0), mask=slot < beams * live)
     tl.store(active_ptr + own, keep & (done == 0), mask=inside)
@@ -359,6 +260,7 @@ def launch_advance_pool_(
     history: list[Tensor],
     pool: list[Tensor],
     limits: list[Tensor],
+    end_penalty: Tensor | None,
     pad_id: int,
     by_arrival: bool,
     exact: bool,
@@ -371,7 +273,7 @@ def launch_advance_pool_(
     n_ends = parents * n_eos
     device = logits.device
     keys = torch.empty(batch, 2, beams + n_ends, dtype=torch.int64, device=device)
-    floats = torch.empty(batch, 2 * n_ends + beams, dtype=torch.float32, device=device)
+    floats = torch.empty(batch, 3 * n_ends + beams, dtype=torch.float32, device=device)
     ints = torch.empty(batch, 3 * beams + n_ends + places, dtype=torch.int32, device=device)
     wide = beams > 16
     _advance_pool_kernel[(batch,)](
@@ -385,6 +287,7 @@ def launch_advance_pool_(
         *history,
         *pool,
         *limits,
+        logits if end_penalty is None else end_penalty,
         *out,
         keys,
         floats,
@@ -399,6 +302,7 @@ def launch_advance_pool_(
         0 if bitmask is None else bitmask.stride(0),
         HAS_BITMASK=bitmask is not None,
         HAS_TEMPERATURE=temperature is not None,
+        HAS_PENALTY=end_penalty is not None,
         N_EOS=n_eos,
         BY_ARRIVAL=by_arrival,
         EXACT=exact,

@@ -3,13 +3,14 @@
 import triton
 import triton.language as tl
 
-from ..beamstate import FLAG_DEAD_END
+from ..beamstate import FLAG_DEAD_END, FLAG_INEXACT
 from ..lse import FLAG_INF, FLAG_NAN
 from .keys import pack_key, token_log_prob
 
 _NAN = tl.constexpr(FLAG_NAN)
 _INF = tl.constexpr(FLAG_INF)
 _DEAD_END = tl.constexpr(FLAG_DEAD_END)
+_INEXACT = tl.constexpr(FLAG_INEXACT)
 
 
 @triton.jit
@@ -21,9 +22,12 @@ def write_endings(
     eos_ptr,
     lse_ptr,
     slot_log_probs_ptr,
+    slot_scores_ptr,
     active_ptr,
+    penalty_ptr,  # *f32 [E] or unused
     # outputs, of the request
     log_probs_ptr,  # *f32 [E]
+    scores_ptr,  # *f32 [E]
     increments_ptr,  # *f32 [E]
     first_ptr,  # *i64 [E]
     second_ptr,  # *i64 [E]
@@ -36,10 +40,11 @@ def write_endings(
     # meta-parameters
     HAS_BITMASK: tl.constexpr,
     HAS_TEMPERATURE: tl.constexpr,
+    HAS_PENALTY: tl.constexpr,
     N_EOS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Log-probabilities and keys of ``E = parents * N_EOS`` candidates."""
+    """Log-probabilities, scores and keys of ``E = parents * N_EOS`` candidates."""
     for start in range(0, parents * N_EOS, BLOCK):
         place = start + tl.arange(0, BLOCK)
         inside = place < parents * N_EOS
@@ -57,11 +62,14 @@ def write_endings(
             word = tl.load(bits_ptr + parent.to(tl.int64) * stride_bits + token // 32, mask=inside, other=0)
             adjusted = tl.where(((word >> (token % 32).to(tl.int32)) & 1) != 0, adjusted, -float("inf"))
         increment = token_log_prob(adjusted, tl.load(lse_ptr + parent, mask=inside, other=0.0))
-        base = tl.load(slot_log_probs_ptr + parent, mask=open_slot, other=-float("inf"))
-        log_prob = base + increment
+        log_prob = tl.load(slot_log_probs_ptr + parent, mask=open_slot, other=-float("inf")) + increment
+        score = tl.load(slot_scores_ptr + parent, mask=open_slot, other=-float("inf")) + increment
+        if HAS_PENALTY:
+            score = score - tl.load(penalty_ptr + place, mask=inside, other=0.0)
         tl.store(log_probs_ptr + place, log_prob, mask=inside)
+        tl.store(scores_ptr + place, score, mask=inside)
         tl.store(increments_ptr + place, increment, mask=inside)
-        tl.store(first_ptr + place, pack_key(tl.div_rn(log_prob, divisor), parent), mask=inside)
+        tl.store(first_ptr + place, pack_key(tl.div_rn(score, divisor), parent), mask=inside)
         tl.store(second_ptr + place, pack_key(adjusted, token), mask=inside)
 
 
@@ -123,7 +131,8 @@ def write_step(
     """Record a step, report its faults, and write the moves. Whatever it overwrites has been read behind a barrier."""
     inside = slot < beams
     row_flags = tl.load(row_flags_ptr + request * rows_per_request + slot, mask=slot < rows_per_request, other=0)
-    flags = flags | tl.max(row_flags & _NAN, 0) | tl.max(row_flags & _INF, 0) | (dead_end * _DEAD_END)
+    flags = flags | tl.max(row_flags & _NAN, 0) | tl.max(row_flags & _INF, 0) | tl.max(row_flags & _INEXACT, 0)
+    flags = flags | (dead_end * _DEAD_END)
     tl.store(flags_ptr + request, flags)
     tl.store(done_ptr + request, done)
     tl.store(steps_ptr + request, steps + live)

@@ -1,0 +1,308 @@
+"""Conditional Poisson sampling (Hajek 1964; Meister et al. 2021): a set of fixed size, in proportion to its odds.
+
+    w = p / (1 - p),    Q(Y) = prod_{i in Y} w_i / e_K(w),    pi_i = w_i e_{K-1}(w without i) / e_K(w)
+
+with e_m the elementary symmetric polynomials. With the k best candidates first, in descending order, and the others
+behind them, tables of those before a place and of those from a place on hold everything (t_b is the tail's polynomial,
+below; without one t_0 = 1 and else 0):
+
+    E_a[i] = e_a(w_1 .. w_i)             E_a[i] = sum over j <= i of w_j E_{a-1}[j - 1]
+    S_b[i] = e_b(w_i .. w_n and tail)    S_b[i] = t_b + sum over j >= i of w_j S_{b-1}[j + 1]
+
+so a table is one cumulative sum of the one before, K of each. A set is drawn from S: with b items still to be chosen
+from place i on, the next one is beyond place j with chance S_b[j + 1] / S_b[i], so K searches in sorted tables find it.
+
+    pi_i = w_i * sum over a of E_a[i - 1] S_{K-1-a}[i + 1] / S_K[1]
+
+Only positive float64 terms are added. In the order taken, the j-th factor of a product is at most the j-th largest w,
+so each table is computed in units of that and of its own largest value: nothing overflows, whatever the weights, and
+what underflows has a chance below 1e-300.
+
+Candidates may be left out of the list. This tail counts as the Poisson limit of its coins, e_m ~ t_m = T^m / m! with T
+its total odds. True is t_m (1 - x_m) with 0 <= x_m <= C(m, 2) s =: y_m and s = sum (w / T)^2: m! e_m / T^m is the
+chance that m draws in proportion to w differ, and a pair of them agrees with chance s. For m the number of tail items
+chosen, with E its mean and Y = E[y_m], all under the law drawn from:
+
+    listed, |error of pi| <= min(pi Y, (1 - pi) max y) / (1 - Y)
+    tail,   |error of pi| <= pi E[m z_m] / E[m] / (1 - Y),   z_m = C(m - 1, 2) s + (m - 1) w_i / T
+
+The listed pi' is E[(1 - x_m) 1_i] / E[1 - x_m]. E[y_m 1_i] <= Y pi, as P(i | m) falls with m and y_m grows; the second
+holds by 1 - pi alike, with y_m at most its largest. A tail item's pi is w_i E[m] / T, and its true one has in place of
+m / T the chance that m - 1 draws differ from each other and from i, at least 1 - z_m. Where T is known but for a
+relative error d, pi of a listed item is off by no more than pi E[m] d more, and of a tail item by pi d. Sampling
+itself: listed items are in the sample with probability pi exactly; a tail item, drawn without replacement, within the
+same bound to first order.
+
+Plain torch and no operation of its own: some hundred small tensor operations, for any device; none synchronises, so a
+graph may record them. A request's results do not depend on its batch.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .checks import check_dtype, check_range, check_same_device, check_shape, check_tensor
+
+_CERTAIN = -1e-7  # log-probabilities from here on count as certain
+_REMAINS = 1e-30  # 1 - p of a certain candidate
+_LEAST = 1e-300
+_LOWEST = -1e300  # for logarithms that may be -inf
+
+
+class PoissonSample(NamedTuple):
+    """A sample of each request, most probable items first."""
+
+    chosen: Tensor  # int64 [B, k], places in the list; n + j is item j of the tail, -1 no item
+    log_inclusion: Tensor  # float32 [B, k], log pi; 0 for certain items, and where there is none
+    bound: Tensor  # float32 [B], on the absolute error of any pi above that the treatment of the tail makes
+
+
+class _Tables(NamedTuple):
+    """E or S of degrees 0 .. k for N candidates: ``exp(scale) * values``."""
+
+    values: Tensor  # float64 [k + 1, B, N + 1], ascending along the last dimension
+    scale: Tensor  # float64 [k + 1, B]; -inf where the table is 0
+
+
+def words_needed(k: int) -> int:
+    """How many random words a request takes: two for each place."""
+    return 2 * k
+
+
+def _uniforms(words: Tensor, count: int) -> Tensor:
+    """``count`` numbers float64 ``[B, count]`` in (0, 1] from twice as many words."""
+    high, low = words[:, : 2 * count].double().view(-1, count, 2).unbind(2)
+    return 1 - (high * 2.0**-32 + low * 2.0**-64).clamp(max=1 - 2.0**-53)
+
+
+def _log_odds(log_probs: Tensor) -> Tensor:
+    """float64."""
+    log_probs = log_probs.double()
+    beside = torch.expm1(log_probs).neg_().masked_fill_(log_probs >= _CERTAIN, _REMAINS)
+    return log_probs - beside.log_()
+
+
+class _Weights(NamedTuple):
+    """The candidates: the ``k`` best in descending order, then the whole list without them."""
+
+    best: Tensor  # float64 [B, k], log w
+    rest: Tensor  # float64 [B, n], w in terms of the last of the best; 0 for the best
+    order: Tensor  # int64 [B, k], places of the best in the list
+
+
+def _weigh(log_probs: Tensor, k: int) -> _Weights:
+    found, order = log_probs.topk(min(k, log_probs.shape[1]))
+    missing = k - order.shape[1]
+    best = torch.nn.functional.pad(_log_odds(found), (0, missing), value=-torch.inf)
+    least = best[:, -1:]
+    exact = log_probs.double()
+    rest = (exact - least.masked_fill(least == -torch.inf, 0.0)).exp_() / torch.expm1(exact).neg_().clamp_(min=_REMAINS)
+    return _Weights(best, rest.scatter_(1, order, 0.0), torch.nn.functional.pad(order, (0, missing)))
+
+
+def _tables(weights: _Weights, sizes: Tensor, log_tail: Tensor) -> tuple[_Tables, _Tables]:
+    """E and S, in one go as ``X_a[r] = t_a + sum over q <= r of w_q X_{a-1}[q - 1]``, S with places from the last on.
+
+    So that both have the same shape, E has k places without weight behind its own, and S before.
+
+    Args:
+        weights: of k + n places.
+        sizes: int64 ``[B]``, K.
+        log_tail: float64 ``[k + 1, B]``, log t of S.
+    """
+    best, rest = weights.best, weights.rest
+    batch, k = best.shape
+    n = rest.shape[1]
+    degree = torch.arange(1, k + 1, device=best.device)[:, None]
+    # the first place that can have part: of E_a, a; of the b items from a place on, K - b or later
+    start = torch.stack(((degree - 1).expand(k, batch), (sizes - degree).clamp(min=0)), 1)  # [k, 2, B]
+    units = best.gather(1, start.flatten(0, 1).t().contiguous().view(batch, -1)).t().view(k, 2, batch)
+    # w counts in units of the largest one that can have part, and is at most 1
+    unit = units.clamp(min=_LOWEST)[..., None]
+    place = torch.arange(k, device=best.device)
+    head = (best - unit).masked_fill_(place < start[..., None], -torch.inf).clamp_(max=0.0).exp_()  # [k, 2, B, k]
+    reduce = (best[:, -1:] - unit).clamp_(max=0.0).exp_()  # [k, 2, B, 1]
+    head[:, 1] = head[:, 1].flip(2)
+    middle = torch.stack((rest, rest.flip(1)))  # [2, B, n]
+    initial = torch.stack((torch.full_like(log_tail, -torch.inf), log_tail), 1)  # [k + 1, 2, B]
+
+    values = rest.new_zeros(k + 1, 2, batch, 1 + k + n + k)
+    values[0] = 1.0
+    scale = torch.zeros_like(initial[0])
+    scales, most = [scale], torch.ones_like(scale)
+    for degree, (table, before) in enumerate(zip(values[1:].unbind(), values[:-1].unbind(), strict=True)):
+        grown = scale + most.log() + units[degree]
+        scale = torch.maximum(grown, initial[degree + 1])
+        safe = scale.clamp(min=_LOWEST)
+        factor = ((grown - safe).exp_() / most.clamp(min=_LEAST))[..., None]
+        table[..., 0] = (initial[degree + 1] - safe).exp_()
+        shares = head[degree] * factor
+        torch.mul(before[0, :, :k], shares[0], out=table[0, :, 1 : k + 1])
+        torch.mul(before[1, :, k + n : -1], shares[1], out=table[1, :, 1 + k + n :])
+        body = torch.mul(before[..., k : k + n], middle, out=table[..., k + 1 : k + 1 + n])
+        body *= reduce[degree] * factor
+        torch.cumsum(table, 2, out=table)
+        most = table[..., -1]
+        scales.append(scale)
+    scale = torch.stack(scales, 1).unbind(0)
+    return _Tables(values[:, 0, :, : 1 + k + n], scale[0]), _Tables(values[:, 1, :, k:], scale[1])
+
+
+class _Tail(NamedTuple):
+    """What the error of pi depends on, for P places."""
+
+    law: Tensor  # float64 [d + 1, P], chances of the numbers m of tail items
+    m: Tensor  # int64 [d + 1, P]
+    most: Tensor  # int64 [P], the largest m
+    clash: Tensor  # float64 [P], s
+    share: Tensor  # float64 [P], w / T of the item at the place
+    error: Tensor  # float64 [P], relative, of T
+
+
+def _error(pi: Tensor, in_tail: Tensor, tail: _Tail) -> Tensor:
+    """The bound at the top of this page on the error of each pi float64 ``[P]``, of a tail item where ``in_tail``."""
+    law, m = tail.law, tail.m
+    y = m * (m - 1) * 0.5 * tail.clash
+    z = (m - 1).clamp(min=0) * ((m - 2) * 0.5 * tail.clash + tail.share)
+    mean, mean_y = (law * m).sum(0), (law * y).sum(0)
+    listed = torch.minimum(pi * mean_y, (1 - pi) * (tail.most * (tail.most - 1) * 0.5 * tail.clash))
+    error = torch.where(in_tail, pi * (law * m * z).sum(0) / mean, listed) / (1 - mean_y)
+    error = error + pi * torch.where(in_tail, 1.0, mean) * tail.error
+    return error.masked_fill(mean_y >= 1, 1.0).clamp_(max=1.0)
+
+
+def conditional_poisson(
+    log_probs: Tensor,
+    sizes: Tensor,
+    k: int,
+    words: Tensor,
+    tail: Tensor | None = None,
+    tail_log_probs: Tensor | None = None,
+    tail_squares: Tensor | None = None,
+    tail_error: Tensor | None = None,
+) -> PoissonSample:
+    """Draw a set of ``sizes`` candidates of each request, in proportion to the product of their odds p / (1 - p).
+
+    Candidates with log p >= -1e-7 are certain. Where there are ``sizes`` candidates or fewer, all are taken. The three
+    arguments about the tail come together.
+
+    Args:
+        log_probs: float32 ``[B, n]``, log p of the candidates listed, in any order; -inf or NaN where there is none.
+        sizes: int64 ``[B]``, in 0 .. k.
+        k: places in a sample.
+        words: int64 ``[B, W]``, random words in 0 .. 2^32 - 1, ``W >= words_needed(k)``.
+        tail: float32 ``[B]``, log of the total odds of the candidates not listed; -inf where there is none.
+        tail_log_probs: float32 ``[B, k]``, log p of the first ``k`` of them drawn one after the other in proportion to
+            their odds, in that order; -inf behind the last if there are fewer.
+        tail_squares: float32 ``[B]``, log of the sum of their squared odds, or of a bound on it.
+        tail_error: float32 ``[B]``, bound on the relative error of ``exp(tail)``; default 0.
+
+    Returns:
+        The sample: exact in law and in ``log_inclusion`` for candidates listed, up to ``bound`` with a tail.
+    """
+    check_tensor("log_probs", log_probs)
+    check_shape("log_probs", log_probs, "[B, n]", None, None)
+    batch, n = log_probs.shape
+    check_range("k", k, 1)
+    if n == 0:
+        raise ValueError(f"log_probs: expected at least one column, got shape {[batch, n]}")
+    given = {"log_probs": log_probs, "tail": tail, "tail_log_probs": tail_log_probs, "tail_squares": tail_squares}
+    present = {name: tensor for name, tensor in given.items() if tensor is not None}
+    if len(present) not in (1, 4):
+        raise ValueError(f"tail: expected tail, tail_log_probs and tail_squares together, got {', '.join(present)}")
+    for name, tensor in present.items():
+        check_dtype(name, tensor, torch.float32)
+        if name.endswith("_probs"):
+            check_shape(name, tensor, "[B, k]", batch, n if name == "log_probs" else k)
+        else:
+            check_shape(name, tensor, "[B]", batch)
+    check_dtype("sizes", sizes, torch.int64)
+    check_shape("sizes", sizes, "[B]", batch)
+    check_dtype("words", words, torch.int64)
+    check_shape("words", words, "[B, W]", batch, None)
+    if words.shape[1] < words_needed(k):
+        raise ValueError(f"words: expected {words_needed(k)} columns or more, got {words.shape[1]}")
+    if tail_error is not None:
+        check_dtype("tail_error", tail_error, torch.float32)
+        check_shape("tail_error", tail_error, "[B]", batch)
+    check_same_device(sizes=sizes, words=words, tail_error=tail_error, **present)
+    if batch == 0:
+        return PoissonSample(sizes.new_empty(0, k), log_probs.new_empty(0, k), log_probs.new_empty(0))
+
+    log_probs = log_probs.masked_fill(log_probs != log_probs, -torch.inf)
+    everything, reach = log_probs, torch.zeros_like(sizes)
+    count = torch.arange(k + 1, device=sizes.device)[:, None]
+    log_tail = torch.where(count == 0, 0.0, -torch.inf).double().expand(-1, batch)  # log t_m, [k + 1, B]
+    if tail is not None and tail_log_probs is not None:
+        has_tail = tail > -torch.inf  # False for NaN
+        tail = tail.double().masked_fill(~has_tail, -torch.inf)
+        tail_log_probs = tail_log_probs.masked_fill(~has_tail[:, None], -torch.inf)
+        reach = (tail_log_probs > -torch.inf).sum(1)  # the number of items in the tail, or k
+        everything = torch.cat((log_probs, tail_log_probs), 1)
+        power = torch.where(count == 0, 0.0, count * tail.masked_fill(~has_tail, 0.0))
+        log_tail = (power - torch.lgamma(count + 1.0)).masked_fill(count > reach, -torch.inf)
+    available = (log_probs > -torch.inf).sum(1) + reach
+    certain = available <= sizes
+    sizes = torch.minimum(sizes, available)
+
+    weights = _weigh(log_probs, k)
+    before, behind = _tables(weights, sizes, log_tail)
+    n += k  # places from here on
+
+    # draw: from place `at` on, `left` items are still to be chosen
+    request = torch.arange(batch, device=sizes.device)
+    at, left, places = torch.zeros_like(sizes), sizes, []
+    for uniform in _uniforms(words, k).unbind(1):
+        table = behind.values[left, request]  # of what is from place n - r on, at r
+        target = uniform[:, None] * table.gather(1, (n - at)[:, None])
+        found = n - torch.searchsorted(table, target)[:, 0]
+        listed = (left > 0) & (found < n)
+        places.append(torch.where(listed, found, -1))
+        # once the tail has its turn, it has the rest
+        at, left = torch.where(listed, found + 1, n), torch.where(listed, left - 1, 0)
+    drawn = torch.stack(places, 1)  # [B, k]
+    taken = (drawn >= 0).sum(1, keepdim=True)
+
+    # pi of what was drawn
+    i = drawn.clamp(min=0)
+    listed_place = torch.where(i < k, weights.order.gather(1, i.clamp(max=k - 1)), i - k)
+    log_w = _log_odds(log_probs.gather(1, listed_place))
+    a = count[:-1, :, None]
+    rest = (sizes[:, None] - 1 - a).clamp(min=0)  # [k, B, 1]
+    first = before.values[:-1].gather(2, i.expand(k, -1, -1))
+    last = behind.values[rest, request[:, None], n - 1 - i]
+    all_of_them = behind.values[sizes, request, -1]
+    whole = behind.scale.gather(0, sizes[None]) + all_of_them.log()  # log S_K
+    scale = before.scale[:-1] + behind.scale.gather(0, rest[:, :, 0]) - whole
+    term = (scale[:, :, None] + log_w).clamp(max=700.0).exp() * first * last
+    pi = term.masked_fill(a >= sizes[:, None], 0.0).nan_to_num(0.0).sum(0)
+
+    rank = torch.arange(k, device=sizes.device)
+    item = torch.where(rank < taken, listed_place, log_probs.shape[1] + rank - taken)
+    none = rank >= sizes[:, None]
+    item.masked_fill_(none, 0)
+    bound = torch.zeros_like(tail) if tail is not None else before.scale.new_zeros(batch)
+    chosen_log_probs = everything.gather(1, item).masked_fill_(none, -torch.inf)
+    if tail is not None and tail_squares is not None:
+        # the law of the number m of tail items: t_m E_{K-m}
+        listed = before.scale + before.values[:, :, -1].log()
+        listed_scale = listed.gather(0, (sizes - count).clamp(min=0)).masked_fill(count > sizes, -torch.inf)
+        law = (log_tail + listed_scale - whole).exp().repeat_interleave(k, 1)  # [k + 1, B * k]
+        m = count.expand_as(law)
+        share = (_log_odds(chosen_log_probs) - tail[:, None]).exp_().nan_to_num(0.0)
+        in_tail = rank >= taken
+        pi = torch.where(in_tail, share * (law * m).sum(0).view(batch, k), pi)
+        clash = (tail_squares.double() - 2 * tail).exp_().masked_fill_(~has_tail, 0.0)
+        relative = torch.zeros_like(clash) if tail_error is None else tail_error.double().masked_fill(~has_tail, 0.0)
+        most = torch.minimum(sizes, reach)
+        facts = _Tail(
+            law, m, *(x.repeat_interleave(k) for x in (most, clash)), share.flatten(), relative.repeat_interleave(k)
+        )
+        error = _error(pi.flatten(), in_tail.flatten(), facts).nan_to_num(0.0)
+        bound = error.view(batch, k).masked_fill(none | certain[:, None], 0.0).amax(1)
+    sure = none | certain[:, None] | (chosen_log_probs >= _CERTAIN)
+    log_pi = pi.log().clamp_(max=0.0).masked_fill_(sure, 0.0)
+    chosen_log_probs, order = chosen_log_probs.sort(dim=1, descending=True, stable=True)
+    chosen = item.masked_fill_(none, -1).gather(1, order)
+    return PoissonSample(chosen, log_pi.gather(1, order).float(), bound.float())
