@@ -27,12 +27,13 @@ from .history import backtrace, trace_slots, update_ancestry
 from .invert import Inverted, invert_cdf
 from .keys import token_log_prob
 from .lse import FLAG_INF, FLAG_NAN
-from .poisson import PoissonSample, conditional_poisson, words_needed
-from .random import Stream, child_nodes, gumbel, random_bits, random_codes, root_nodes
+from .poisson import PoissonSample, conditional_poisson, log_odds, words_needed
+from .random import Stream, child_nodes, gumbel, random_bits, random_codes, root_nodes, uniforms
 from .reorder import check_reorder, reorder
 from .select import Candidates, top_candidates
 from .summary import Summary, Tiles, summarize
 from .topk import Selected, TopK, select_beams, topk_log_probs
+from .urn import draw_in_turn
 
 __all__ = [
     "FLAG_DEAD_END",
@@ -66,10 +67,12 @@ __all__ = [
     "child_nodes",
     "conditional_poisson",
     "draw_children",
+    "draw_in_turn",
     "endings",
     "filter_bitmask",
     "gumbel",
     "invert_cdf",
+    "log_odds",
     "mark_bits",
     "pack_bitmask",
     "random_bits",
@@ -83,6 +86,7 @@ __all__ = [
     "topk_log_probs",
     "total_order",
     "trace_slots",
+    "uniforms",
     "unpack_bitmask",
     "update_ancestry",
     "words_needed",

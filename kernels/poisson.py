@@ -43,6 +43,7 @@ import torch
 from torch import Tensor
 
 from .checks import check_dtype, check_range, check_same_device, check_shape, check_tensor
+from .random import uniforms
 
 _CERTAIN = -1e-7  # log-probabilities from here on count as certain
 _REMAINS = 1e-30  # 1 - p of a certain candidate
@@ -70,14 +71,8 @@ def words_needed(k: int) -> int:
     return 2 * k
 
 
-def _uniforms(words: Tensor, count: int) -> Tensor:
-    """``count`` numbers float64 ``[B, count]`` in (0, 1] from twice as many words."""
-    high, low = words[:, : 2 * count].double().view(-1, count, 2).unbind(2)
-    return 1 - (high * 2.0**-32 + low * 2.0**-64).clamp(max=1 - 2.0**-53)
-
-
-def _log_odds(log_probs: Tensor) -> Tensor:
-    """float64."""
+def log_odds(log_probs: Tensor) -> Tensor:
+    """``log p / (1 - p)`` in float64; a certain candidate's is large but finite."""
     log_probs = log_probs.double()
     beside = torch.expm1(log_probs).neg_().masked_fill_(log_probs >= _CERTAIN, _REMAINS)
     return log_probs - beside.log_()
@@ -94,7 +89,7 @@ class _Weights(NamedTuple):
 def _weigh(log_probs: Tensor, k: int) -> _Weights:
     found, order = log_probs.topk(min(k, log_probs.shape[1]))
     missing = k - order.shape[1]
-    best = torch.nn.functional.pad(_log_odds(found), (0, missing), value=-torch.inf)
+    best = torch.nn.functional.pad(log_odds(found), (0, missing), value=-torch.inf)
     least = best[:, -1:]
     exact = log_probs.double()
     rest = (exact - least.masked_fill(least == -torch.inf, 0.0)).exp_() / torch.expm1(exact).neg_().clamp_(min=_REMAINS)
@@ -253,9 +248,9 @@ def conditional_poisson(
     # draw: from place `at` on, `left` items are still to be chosen
     request = torch.arange(batch, device=sizes.device)
     at, left, places = torch.zeros_like(sizes), sizes, []
-    for uniform in _uniforms(words, k).unbind(1):
+    for uniform in uniforms(words[:, : 2 * k]).unbind(1):
         table = behind.values[left, request]  # of what is from place n - r on, at r
-        target = uniform[:, None] * table.gather(1, (n - at)[:, None])
+        target = (1 - uniform)[:, None] * table.gather(1, (n - at)[:, None])
         found = n - torch.searchsorted(table, target)[:, 0]
         listed = (left > 0) & (found < n)
         places.append(torch.where(listed, found, -1))
@@ -267,7 +262,7 @@ def conditional_poisson(
     # pi of what was drawn
     i = drawn.clamp(min=0)
     listed_place = torch.where(i < k, weights.order.gather(1, i.clamp(max=k - 1)), i - k)
-    log_w = _log_odds(log_probs.gather(1, listed_place))
+    log_w = log_odds(log_probs.gather(1, listed_place))
     a = count[:-1, :, None]
     rest = (sizes[:, None] - 1 - a).clamp(min=0)  # [k, B, 1]
     first = before.values[:-1].gather(2, i.expand(k, -1, -1))
@@ -290,7 +285,7 @@ def conditional_poisson(
         listed_scale = listed.gather(0, (sizes - count).clamp(min=0)).masked_fill(count > sizes, -torch.inf)
         law = (log_tail + listed_scale - whole).exp().repeat_interleave(k, 1)  # [k + 1, B * k]
         m = count.expand_as(law)
-        share = (_log_odds(chosen_log_probs) - tail[:, None]).exp_().nan_to_num(0.0)
+        share = (log_odds(chosen_log_probs) - tail[:, None]).exp_().nan_to_num(0.0)
         in_tail = rank >= taken
         pi = torch.where(in_tail, share * (law * m).sum(0).view(batch, k), pi)
         clash = (tail_squares.double() - 2 * tail).exp_().masked_fill_(~has_tail, 0.0)

@@ -142,6 +142,12 @@ def random_codes(seed: Tensor, nodes: Tensor, stream: Stream, parts: Tensor | No
     return (high << 32) | low
 
 
+def uniforms(words: Tensor) -> Tensor:
+    """float64 ``[B, n]`` in [0, 1) from random words ``[B, 2 n]``."""
+    high, low = words.double().unflatten(-1, (-1, 2)).unbind(-1)
+    return (high * 2.0**-32 + low * 2.0**-64).clamp(max=1 - 2.0**-53)
+
+
 def gumbel(words: Tensor) -> Tensor:
     """Standard Gumbel float32 from random words: ``-log(E)`` with E exponential, fine where E is small.
 

@@ -19,9 +19,10 @@ class Arithmetic:
 
     Vilnis et al. 2023, "Arithmetic sampling: parallel diverse decoding for large language models". The codes are
     ``i / K``, moved by one shift that the rows of a request share, as 64-bit integers. A row takes the token whose
-    interval holds its code, and the code is then stretched to that interval. ``rotate`` moves the codes at every prefix by a number of
-    its own, the same for all rows there, so that codes do not run out of bits. A first token of probability p is drawn
-    floor or ceil of K * p times; so is every prefix without ``rotate``, as long as its codes have bits left.
+    interval holds its code, and the code is then stretched to that interval. ``rotate`` moves the codes at every prefix
+    by a number of its own, the same for all rows there, so that codes do not run out of bits. A first token of
+    probability p is drawn floor or ceil of K * p times; so is every prefix without ``rotate``, as long as its codes
+    have bits left.
     """
 
     seed: int

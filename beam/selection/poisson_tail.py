@@ -1,0 +1,140 @@
+"""The candidates of a step for conditional Poisson sampling: the best one by one, the others as a tail."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from flashbeam.kernels import (
+    Stream,
+    draw_children,
+    draw_in_turn,
+    gumbel,
+    mark_bits,
+    random_bits,
+    summarize,
+    token_log_prob,
+    top_candidates,
+    uniforms,
+    unpack_bitmask,
+)
+
+from .choosing import Drawable
+from .protocol import Expansion
+
+_ALL = 4096  # candidates of a request up to which there is no tail
+_OF_ALL = 512  # listed where all are looked at
+_OF_TILES = 1024  # listed where tiles are
+
+
+class Rivals(NamedTuple):
+    """Candidates ``[B, n]`` of a step."""
+
+    parents: Tensor  # int64
+    tokens: Tensor  # int64
+    adjusted: Tensor  # float32, logit after temperature; -inf where there is none
+    log_probs: Tensor  # float32, cumulative, of what is drawn from
+
+
+class Tail(NamedTuple):
+    """The candidates that are not listed."""
+
+    log_odds: Tensor  # float32 [B], log of their total odds
+    log_squares: Tensor  # float32 [B], log of the sum of their squared odds
+    error: Tensor  # float32 [B], bound on the relative error of the total
+    drawn: Rivals  # [B, k], some of them, drawn one after the other
+
+
+def split_all(expansion: Expansion, drawable: Drawable, k: int, words: Tensor) -> tuple[Rivals, Tail | None]:
+    """Every candidate is looked at; more than 4096 of a request have a tail."""
+    parents, size = expansion.parents, expansion.vocab_size
+    logits = expansion.logits[:, :size]
+    # log q = log q of the prefix + x - lse, in one operation; +inf where there is nothing to draw
+    shift = drawable.lse - expansion.draws.sampling_log_probs[:, :parents].flatten()
+    shift = shift.masked_fill(~(expansion.active & shift.isfinite()), torch.inf)[:, None]
+    tempered = logits if expansion.temperature is None else logits / expansion.temperature[:, None]
+    log_probs = tempered - shift
+    log_probs = log_probs.nan_to_num_(-torch.inf, -torch.inf, -torch.inf)
+    if expansion.bitmask is not None:
+        log_probs = log_probs.masked_fill_(~unpack_bitmask(expansion.bitmask, size), -torch.inf)
+    log_probs = log_probs.view(-1, parents * size)
+    first_row = torch.arange(0, logits.shape[0], parents, device=logits.device)[:, None]
+
+    def at(place: Tensor, none: Tensor | None = None) -> Rivals:
+        """The candidates at ``place [B, n]``, as exact as they are reported."""
+        parent, token = place // size, place % size
+        log_prob = log_probs.gather(1, place)
+        if none is not None:
+            log_prob = log_prob.masked_fill(none, -torch.inf)
+        adjusted = logits[first_row + parent, token].float()
+        if expansion.temperature is not None:
+            adjusted = adjusted / expansion.temperature[first_row + parent]
+        return Rivals(parent, token, adjusted.masked_fill(log_prob == -torch.inf, -torch.inf), log_prob)
+
+    if parents * size <= _ALL:
+        return at(torch.arange(parents * size, device=logits.device).expand_as(log_probs)), None
+    place = log_probs.topk(max(_OF_ALL, 2 * k), sorted=False).indices
+    best = at(place)
+    odds = log_probs.scatter(1, place, -torch.inf).exp_()
+    odds = (odds / (1 - odds)).double()  # what is left is at most 1/2
+    drawn = draw_in_turn(odds, uniforms(words))
+    rest = at(drawn.clamp(min=0), drawn < 0)
+    total, squares = odds.sum(1).log().float(), odds.square_().sum(1).log().float()
+    return best, Tail(total, squares, torch.zeros_like(total), rest)
+
+
+def split_by_tiles(expansion: Expansion, drawable: Drawable, k: int, words: Tensor) -> tuple[Rivals, Tail | None]:
+    """The best candidates, and the tail of the others: what the pass sees with the best masked out.
+
+    Four passes over the logits: two for the best, and two for the tail and its squares. ``words`` are not used: the
+    tail is drawn by the prefixes' own numbers.
+    """
+    draws, slots, parents = expansion.draws, expansion.slots, expansion.parents
+    base = draws.sampling_log_probs[:, :parents].masked_fill(~slots.active[:, :parents], -torch.inf)
+    options = {"active": expansion.active, "vocab_size": expansion.vocab_size}
+    best = top_candidates(
+        expansion.logits,
+        base,
+        max(_OF_TILES, 2 * k),
+        bitmask=expansion.bitmask,
+        temperature=expansion.temperature,
+        normalize="allowed",
+        **options,
+    )
+    listed = Rivals(best.parents, best.tokens, best.adjusted, best.log_probs)
+    row = torch.arange(0, expansion.logits.shape[0], parents, device=base.device)[:, None] + best.parents
+    taken = mark_bits(row, best.tokens, best.log_probs > -torch.inf, expansion.logits.shape[0], expansion.vocab_size)
+    rest = ~taken if expansion.bitmask is None else expansion.bitmask & ~taken
+    summary = summarize(
+        expansion.logits, bitmask=rest, temperature=expansion.temperature, normalize="allowed", **options
+    )
+    mass = base + token_log_prob(summary.lse, drawable.lse).view_as(base)  # [B, P], log of what is left of each row
+    noise = gumbel(random_bits(expansion.seed, draws.nodes[:, :parents].contiguous(), 1, Stream.ROOT))[:, :, 0]
+    drawn = draw_children(
+        expansion.logits,
+        base,
+        mass + noise,
+        draws.nodes[:, :parents],
+        summary.tiles.tile_ref,
+        summary.tiles.tile_sum,
+        drawable.lse,
+        k,
+        expansion.seed,
+        bitmask=rest,
+        temperature=expansion.temperature,
+        vocab_size=expansion.vocab_size,
+    )
+    increments = token_log_prob(drawn.adjusted, drawable.lse.view_as(base).gather(1, drawn.parents))
+    log_probs = (base.gather(1, drawn.parents) + increments).masked_fill(drawn.perturbed == -torch.inf, -torch.inf)
+
+    # sum p^2: the same pass at half the temperature
+    temperature = torch.ones_like(drawable.lse) if expansion.temperature is None else expansion.temperature
+    doubled = summarize(expansion.logits, bitmask=rest, temperature=temperature / 2, normalize="allowed", **options).lse
+    squares = 2 * base + token_log_prob(doubled, 2 * drawable.lse).view_as(base)
+    total, squares = mass.logsumexp(1), squares.logsumexp(1)
+    # sum p / (1 - p) = sum p + sum p^2 + .., and what is left out is at most max p / (1 - max p) of sum p^2
+    greatest = best.log_probs[:, -1].exp().clamp(max=0.5)
+    total = torch.logaddexp(total, squares)
+    error = greatest / (1 - greatest) * (squares - total).exp().nan_to_num(0.0)
+    squares = squares - 2 * torch.log1p(-greatest)
+    return listed, Tail(total, squares, error, Rivals(drawn.parents, drawn.tokens, drawn.adjusted, log_probs))
