@@ -42,6 +42,22 @@ def logsumexp_topk(logits: Tensor, log_probs: Tensor, k2: int) -> tuple[Tensor, 
     return best, index // values.shape[-1], tokens.flatten(1).gather(1, index)
 
 
+def gumbel_topk(logits: Tensor, log_probs: Tensor, perturbed: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """A step of stochastic beam search with noise for every logit: perturbed values ``[B, k]``, parents and tokens.
+
+    That is how the authors of the method and those who copied them write it (Kool, van Hoof, Welling 2019): Gumbel
+    noise, the transform that conditions the children on their parent's value, and a topk, each of all K * V candidates.
+    """
+    vocab = logits.shape[-1]
+    phi = log_probs[:, :, None] + logits.float().log_softmax(-1)
+    free = phi - torch.empty_like(phi).exponential_().log()
+    gap = free - free.amax(-1, keepdim=True)
+    v = perturbed[:, :, None] - free + torch.log1p(-gap.exp())
+    found = perturbed[:, :, None] - v.clamp(min=0) - torch.log1p((-v.abs()).exp())
+    values, index = found.flatten(1).topk(k)
+    return values, index // vocab, index % vocab
+
+
 def floor(logits: Tensor, block: int = 1 << 17, base2: bool = True) -> tuple[Tensor, float]:
     """One ``amax`` and one sum of exponentials in blocks of ``block`` logits: nothing exact can do less.
 
