@@ -69,7 +69,7 @@ def _advance_chosen(
 
     nodes = draws.nodes.gather(1, choice.parents)
     lengths = torch.where(frozen, slots.lengths.gather(1, choice.parents), length[:, None].int())
-    kept, none = live[:, None], -torch.inf
+    none, everyone = -torch.inf, bool(live.all())
     for field, values in (
         (slots.log_probs, choice.log_probs.masked_fill(~keep, none)),
         (slots.scores, choice.scores.masked_fill(~keep, none)),
@@ -81,7 +81,7 @@ def _advance_chosen(
         (draws.log_inclusion, choice.log_inclusion.masked_fill(~keep, 0.0)),
         (draws.codes, choice.codes),
     ):
-        field.copy_(torch.where(kept, values, field))
+        field.copy_(values if everyone else torch.where(live[:, None], values, field))
     slots.active.copy_(active & ~requests.done[:, None])
     return make_moves(choice.tokens, choice.parents, keep, keep & ~frozen, row_flags.shape[0], pad_id)
 

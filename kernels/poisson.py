@@ -126,17 +126,19 @@ def _tables(weights: _Weights, sizes: Tensor, log_tail: Tensor) -> tuple[_Tables
     values[0] = 1.0
     scale = torch.zeros_like(initial[0])
     scales, most = [scale], torch.ones_like(scale)
-    for degree, (table, before) in enumerate(zip(values[1:].unbind(), values[:-1].unbind(), strict=True)):
-        grown = scale + most.log() + units[degree]
-        scale = torch.maximum(grown, initial[degree + 1])
+    tables = values.unbind(0)
+    for before, table, unit, start_at, share, less in zip(
+        tables, tables[1:], units.unbind(0), initial[1:].unbind(0), head.unbind(0), reduce.unbind(0), strict=False
+    ):
+        grown = most.log().add_(scale).add_(unit)
+        scale = torch.maximum(grown, start_at)
         safe = scale.clamp(min=_LOWEST)
-        factor = ((grown - safe).exp_() / most.clamp(min=_LEAST))[..., None]
-        table[..., 0] = (initial[degree + 1] - safe).exp_()
-        shares = head[degree] * factor
-        torch.mul(before[0, :, :k], shares[0], out=table[0, :, 1 : k + 1])
-        torch.mul(before[1, :, k + n : -1], shares[1], out=table[1, :, 1 + k + n :])
-        body = torch.mul(before[..., k : k + n], middle, out=table[..., k + 1 : k + 1 + n])
-        body *= reduce[degree] * factor
+        factor = grown.sub_(safe).exp_().div_(most.clamp(min=_LEAST))[..., None]
+        torch.sub(start_at, safe, out=table[..., 0]).exp_()
+        torch.mul(before[0, :, :k], share[0], out=table[0, :, 1 : k + 1])
+        torch.mul(before[1, :, k + n : -1], share[1], out=table[1, :, 1 + k + n :])
+        torch.mul(before[..., k : k + n], middle, out=table[..., k + 1 : k + 1 + n]).mul_(less)
+        table[..., 1:].mul_(factor)
         torch.cumsum(table, 2, out=table)
         most = table[..., -1]
         scales.append(scale)
@@ -245,22 +247,21 @@ def conditional_poisson(
     before, behind = _tables(weights, sizes, log_tail)
     n += k  # places from here on
 
-    # draw: from place `at` on, `left` items are still to be chosen
+    # draw: with `at` places still to come, the first of the items still to be chosen has `at` and those behind it to come
     request = torch.arange(batch, device=sizes.device)
-    at, left, places = torch.zeros_like(sizes), sizes, []
-    for uniform in uniforms(words[:, : 2 * k]).unbind(1):
-        table = behind.values[left, request]  # of what is from place n - r on, at r
-        target = (1 - uniform)[:, None] * table.gather(1, (n - at)[:, None])
-        found = n - torch.searchsorted(table, target)[:, 0]
-        listed = (left > 0) & (found < n)
-        places.append(torch.where(listed, found, -1))
-        # once the tail has its turn, it has the rest
-        at, left = torch.where(listed, found + 1, n), torch.where(listed, left - 1, 0)
-    drawn = torch.stack(places, 1)  # [B, k]
-    taken = (drawn >= 0).sum(1, keepdim=True)
+    left = (sizes - torch.arange(k, device=sizes.device)[:, None]).clamp(min=0)  # [k, B]
+    tables = behind.values[left, request].unbind(0)
+    targets = (1 - uniforms(words[:, : 2 * k])).t()[:, :, None].unbind(0)
+    at, places = torch.full_like(sizes, n)[:, None], []
+    for table, target in zip(tables, targets, strict=True):
+        place = torch.searchsorted(table, table.gather(1, at) * target)
+        places.append(place)  # 0 for an item of the tail: so are the others then
+        at = (place - 1).clamp_(min=0)
+    to_come = torch.cat(places, 1)  # [B, k]
+    taken = (to_come > 0).sum(1, keepdim=True)
 
     # pi of what was drawn
-    i = drawn.clamp(min=0)
+    i = n - to_come.clamp(min=1)
     listed_place = torch.where(i < k, weights.order.gather(1, i.clamp(max=k - 1)), i - k)
     log_w = log_odds(log_probs.gather(1, listed_place))
     a = count[:-1, :, None]

@@ -11,30 +11,31 @@ import torch
 from torch import Tensor
 
 
-def draw_in_turn(weights: Tensor, uniforms: Tensor) -> Tensor:
-    """Items of each request, in the order they are drawn.
+def draw_in_turn(weights: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+    """Items of each request, in the order they are drawn, and the weight of all.
 
     Args:
-        weights: float64 ``[B, n]``, at least 0.
+        weights: ``[B, n]``, at least 0.
         uniforms: float64 ``[B, k]`` in [0, 1), one number for each draw.
 
     Returns:
-        int64 ``[B, k]``; -1 where nothing is left.
+        int64 ``[B, k]``, -1 where nothing is left; float64 ``[B]``.
     """
     batch, k = uniforms.shape
-    ends = weights.cumsum(1)
-    left, lengths = weights.new_empty(batch, 0), weights.new_empty(batch, 0)
+    ends = weights.cumsum(1, dtype=torch.float64)
+    total = ends[:, -1:]
+    left, lengths = ends.new_empty(batch, 0), ends.new_empty(batch, 0)
     drawn = []
     for uniform in uniforms.unbind(1):
         left, order = left.sort(1)
         lengths = lengths.gather(1, order)
-        before = lengths.cumsum(1)
-        point = uniform * (ends[:, -1] - lengths.sum(1))
-        point = point + (lengths * (left - before + lengths <= point[:, None])).sum(1)
-        item = torch.searchsorted(ends, point[:, None], right=True).clamp(max=weights.shape[1] - 1)
-        length = weights.gather(1, item)
-        left = torch.cat([left, ends.gather(1, item) - length], 1)
-        lengths = torch.cat([lengths, length], 1)
+        shift = lengths.cumsum(1)
+        point = (total - shift[:, -1:] if drawn else total) * uniform[:, None]
+        point = point + (lengths * (left - shift + lengths <= point)).sum(1, keepdim=True)
+        item = torch.searchsorted(ends, point, right=True).clamp_(max=weights.shape[1] - 1)
+        end = ends.gather(1, item)
+        start = ends.gather(1, (item - 1).clamp_(min=0)).masked_fill_(item == 0, 0.0)
+        left, lengths = torch.cat([left, start], 1), torch.cat([lengths, end - start], 1)
         drawn.append(item)
     there = torch.arange(k, device=weights.device) < (weights > 0).sum(1, keepdim=True)
-    return torch.cat(drawn, 1).masked_fill_(~there, -1)
+    return torch.cat(drawn, 1).masked_fill_(~there, -1), total[:, 0]

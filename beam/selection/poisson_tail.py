@@ -76,11 +76,11 @@ def split_all(expansion: Expansion, drawable: Drawable, k: int, words: Tensor) -
     place = log_probs.topk(max(_OF_ALL, 2 * k), sorted=False).indices
     best = at(place)
     odds = log_probs.scatter(1, place, -torch.inf).exp_()
-    odds = (odds / (1 - odds)).double()  # what is left is at most 1/2
-    drawn = draw_in_turn(odds, uniforms(words))
+    odds.div_(1 - odds)  # what is left is at most 1/2
+    drawn, total = draw_in_turn(odds, uniforms(words))
     rest = at(drawn.clamp(min=0), drawn < 0)
-    total, squares = odds.sum(1).log().float(), odds.square_().sum(1).log().float()
-    return best, Tail(total, squares, torch.zeros_like(total), rest)
+    squares = odds.square_().sum(1).log()
+    return best, Tail(total.log().float(), squares, torch.zeros_like(squares), rest)
 
 
 def split_by_tiles(expansion: Expansion, drawable: Drawable, k: int, words: Tensor) -> tuple[Rivals, Tail | None]:
