@@ -40,7 +40,7 @@ def weights(hyps: Hypotheses, normalized: bool = True) -> Tensor:
         log_weights = hyps.sampling_log_probs.double() - hyps.log_inclusion
     if hyps.perturbed is not None:
         if bool((hyps.beam_size < 2).any()):
-            raise ValueError("hyps: expected a beam_size of 2 or more with fb.Stochastic, whose last sets the threshold")
+            raise ValueError("hyps: expected a beam_size of 2 or more: the last of fb.Stochastic sets the threshold")
         last = hyps.beam_size[:, None] - 1
         place = torch.arange(count, device=last.device)
         complete = hyps.valid.gather(1, last)  # else there are fewer, and none was left out

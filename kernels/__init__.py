@@ -33,7 +33,7 @@ from .reorder import check_reorder, reorder
 from .select import Candidates, top_candidates
 from .summary import Summary, Tiles, summarize
 from .topk import Selected, TopK, select_beams, topk_log_probs
-from .urn import draw_in_turn
+from .urn import draw_distinct
 
 __all__ = [
     "FLAG_DEAD_END",
@@ -67,7 +67,7 @@ __all__ = [
     "child_nodes",
     "conditional_poisson",
     "draw_children",
-    "draw_in_turn",
+    "draw_distinct",
     "endings",
     "filter_bitmask",
     "gumbel",

@@ -134,4 +134,6 @@ def advance_chosen_(
     Returns:
         :class:`Moves`.
     """
-    return Moves(*_op(list(choice), row_flags, eos, slots, draws, requests, history, limits, pad_id))
+    return Moves(
+        *_op([field.contiguous() for field in choice], row_flags, eos, slots, draws, requests, history, limits, pad_id)
+    )

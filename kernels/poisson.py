@@ -178,11 +178,12 @@ def conditional_poisson(
     tail_log_probs: Tensor | None = None,
     tail_squares: Tensor | None = None,
     tail_error: Tensor | None = None,
+    tail_more: Tensor | None = None,
 ) -> PoissonSample:
     """Draw a set of ``sizes`` candidates of each request, in proportion to the product of their odds p / (1 - p).
 
-    Candidates with log p >= -1e-7 are certain. Where there are ``sizes`` candidates or fewer, all are taken. The three
-    arguments about the tail come together.
+    Candidates with log p >= -1e-7 are certain. Where there are ``sizes`` candidates or fewer, all are taken. The first
+    three arguments about the tail come together.
 
     Args:
         log_probs: float32 ``[B, n]``, log p of the candidates listed, in any order; -inf or NaN where there is none.
@@ -194,6 +195,7 @@ def conditional_poisson(
             their odds, in that order; -inf behind the last if there are fewer.
         tail_squares: float32 ``[B]``, log of the sum of their squared odds, or of a bound on it.
         tail_error: float32 ``[B]``, bound on the relative error of ``exp(tail)``; default 0.
+        tail_more: bool ``[B]``, whether the tail has more items than ``tail_log_probs``; default where that is full.
 
     Returns:
         The sample: exact in law and in ``log_inclusion`` for candidates listed, up to ``bound`` with a tail.
@@ -238,7 +240,8 @@ def conditional_poisson(
         reach = (tail_log_probs > -torch.inf).sum(1)  # the number of items in the tail, or k
         everything = torch.cat((log_probs, tail_log_probs), 1)
         power = torch.where(count == 0, 0.0, count * tail.masked_fill(~has_tail, 0.0))
-        log_tail = (power - torch.lgamma(count + 1.0)).masked_fill(count > reach, -torch.inf)
+        unlimited = power - torch.lgamma(count + 1.0)
+        log_tail = unlimited.masked_fill(count > reach, -torch.inf)
     available = (log_probs > -torch.inf).sum(1) + reach
     certain = available <= sizes
     sizes = torch.minimum(sizes, available)
@@ -247,7 +250,7 @@ def conditional_poisson(
     before, behind = _tables(weights, sizes, log_tail)
     n += k  # places from here on
 
-    # draw: with `at` places still to come, the first of the items still to be chosen has `at` and those behind it to come
+    # draw: of the `left` items still to be chosen from the last `at` places on, the next is `place` places from the end
     request = torch.arange(batch, device=sizes.device)
     left = (sizes - torch.arange(k, device=sizes.device)[:, None]).clamp(min=0)  # [k, B]
     tables = behind.values[left, request].unbind(0)
@@ -295,8 +298,11 @@ def conditional_poisson(
         facts = _Tail(
             law, m, *(x.repeat_interleave(k) for x in (most, clash)), share.flatten(), relative.repeat_interleave(k)
         )
-        error = _error(pi.flatten(), in_tail.flatten(), facts).nan_to_num(0.0)
-        bound = error.view(batch, k).masked_fill(none | certain[:, None], 0.0).amax(1)
+        error = _error(pi.flatten(), in_tail.flatten(), facts).nan_to_num(0.0).view(batch, k)
+        if tail_more is not None:  # the chance that the set would have had more of them
+            beyond = torch.where((count > reach) & tail_more, unlimited + listed_scale - whole, -torch.inf).exp()
+            error = (error + beyond.sum(0)[:, None]).clamp(max=1.0)
+        bound = error.masked_fill(none | certain[:, None], 0.0).amax(1)
     sure = none | certain[:, None] | (chosen_log_probs >= _CERTAIN)
     log_pi = pi.log().clamp_(max=0.0).masked_fill_(sure, 0.0)
     chosen_log_probs, order = chosen_log_probs.sort(dim=1, descending=True, stable=True)

@@ -18,7 +18,7 @@ from flashbeam.kernels import (
 
 from ..arguments import seed_number
 from .choosing import children, frozen, summarize_drawable
-from .poisson_tail import Rivals, split_all, split_by_tiles
+from .poisson_tail import DRAWS, Rivals, split_all, split_by_tiles
 from .protocol import Decided, Expansion
 
 _DENSE = 65536  # candidates of a request up to which all are looked at; of more, tiles are
@@ -52,10 +52,10 @@ class ConditionalPoisson:
         """See :class:`flashbeam.selection.Selection`."""
         drawable = summarize_drawable(expansion)
         old = frozen(expansion)
-        split = split_all if expansion.parents * expansion.vocab_size <= _DENSE else split_by_tiles
-        count = words_needed(k)
         nodes, steps = root_nodes(expansion.request_ids), expansion.requests.steps.long()
-        words, tail_words = random_bits(expansion.seed, nodes, 2 * count, Stream.POISSON, steps).split(count, 1)
+        counts = [words_needed(k), 2 * DRAWS * k]
+        words, tail_words = random_bits(expansion.seed, nodes, sum(counts), Stream.POISSON, steps).split(counts, 1)
+        split = split_all if expansion.parents * expansion.vocab_size <= _DENSE else split_by_tiles
         rivals, tail = split(expansion, drawable, k, tail_words)
         listed = torch.cat([old.sampling_log_probs, rivals.log_probs], 1)
         sizes = expansion.limits.width.long()
@@ -71,6 +71,7 @@ class ConditionalPoisson:
                 tail_log_probs=tail.drawn.log_probs,
                 tail_squares=tail.log_squares,
                 tail_error=tail.error,
+                tail_more=tail.more,
             )
             rivals = Rivals(*(torch.cat(pair, 1) for pair in zip(rivals, tail.drawn, strict=True)))
         # what was chosen, of the frozen hypotheses and of the others

@@ -8,7 +8,7 @@ from torch import Tensor
 from flashbeam.kernels import (
     Stream,
     draw_children,
-    draw_in_turn,
+    draw_distinct,
     gumbel,
     mark_bits,
     random_bits,
@@ -22,7 +22,10 @@ from flashbeam.kernels import (
 from .choosing import Drawable
 from .protocol import Expansion
 
+_LOG2E = 1.4426950408889634
 _ALL = 4096  # candidates of a request up to which there is no tail
+DRAWS = 4  # from the tail, for each item that may be needed
+_PART = 8
 _OF_ALL = 512  # listed where all are looked at
 _OF_TILES = 1024  # listed where tiles are
 
@@ -42,6 +45,7 @@ class Tail(NamedTuple):
     log_odds: Tensor  # float32 [B], log of their total odds
     log_squares: Tensor  # float32 [B], log of the sum of their squared odds
     error: Tensor  # float32 [B], bound on the relative error of the total
+    more: Tensor  # bool [B], there are more than were drawn
     drawn: Rivals  # [B, k], some of them, drawn one after the other
 
 
@@ -73,14 +77,32 @@ def split_all(expansion: Expansion, drawable: Drawable, k: int, words: Tensor) -
 
     if parents * size <= _ALL:
         return at(torch.arange(parents * size, device=logits.device).expand_as(log_probs)), None
-    place = log_probs.topk(max(_OF_ALL, 2 * k), sorted=False).indices
+    place = _best(log_probs, max(_OF_ALL, 2 * k))
     best = at(place)
-    odds = log_probs.scatter(1, place, -torch.inf).exp_()
+    odds = log_probs.scatter(1, place, -torch.inf).mul_(_LOG2E).exp2_()  # several times faster than exp on some CPUs
     odds.div_(1 - odds)  # what is left is at most 1/2
-    drawn, total = draw_in_turn(odds, uniforms(words))
+    drawn, total = draw_distinct(odds, uniforms(words), k)
     rest = at(drawn.clamp(min=0), drawn < 0)
+    more = (odds > 0).sum(1) > (drawn >= 0).sum(1)
     squares = odds.square_().sum(1).log()
-    return best, Tail(total.log().float(), squares, torch.zeros_like(squares), rest)
+    return best, Tail(total.log().float(), squares, torch.zeros_like(squares), more, rest)
+
+
+def _best(log_probs: Tensor, count: int) -> Tensor:
+    """Places of the ``count`` best ``[B, n]``, in any order: they are in the ``count`` parts with the best maxima."""
+    batch, size = log_probs.shape
+    parts = size // _PART
+    if parts <= 2 * count:
+        return log_probs.topk(count, sorted=False).indices
+    # part i is i, i + parts, i + 2 * parts, ..; what is left over at the end are parts of their own
+    whole, over = log_probs[:, : parts * _PART], log_probs[:, parts * _PART :]
+    top = torch.cat([whole.view(batch, _PART, parts).amax(1), over], 1).topk(count, sorted=False).indices
+    members = top[:, None] + parts * torch.arange(_PART, device=top.device)[:, None]  # [B, 8, count]
+    single = (top >= parts)[:, None]
+    members = torch.where(single, (top + parts * (_PART - 1))[:, None], members).flatten(1)
+    found = log_probs.gather(1, members).view(batch, _PART, count)
+    found[:, 1:].masked_fill_(single, -torch.inf)  # once is enough
+    return members.gather(1, found.flatten(1).topk(count, sorted=False).indices)
 
 
 def split_by_tiles(expansion: Expansion, drawable: Drawable, k: int, words: Tensor) -> tuple[Rivals, Tail | None]:
@@ -137,4 +159,5 @@ def split_by_tiles(expansion: Expansion, drawable: Drawable, k: int, words: Tens
     total = torch.logaddexp(total, squares)
     error = greatest / (1 - greatest) * (squares - total).exp().nan_to_num(0.0)
     squares = squares - 2 * torch.log1p(-greatest)
-    return listed, Tail(total, squares, error, Rivals(drawn.parents, drawn.tokens, drawn.adjusted, log_probs))
+    more = torch.ones_like(expansion.requests.done)  # of so many there may always be
+    return listed, Tail(total, squares, error, more, Rivals(drawn.parents, drawn.tokens, drawn.adjusted, log_probs))
