@@ -30,6 +30,7 @@ from .lse import FLAG_INF, FLAG_NAN
 from .poisson import PoissonSample, conditional_poisson, log_odds, words_needed
 from .random import Stream, child_nodes, gumbel, random_bits, random_codes, root_nodes, uniforms
 from .reorder import check_reorder, reorder
+from .sample import Sampled, sample
 from .select import Candidates, top_candidates
 from .summary import Summary, Tiles, summarize
 from .topk import Selected, TopK, select_beams, topk_log_probs
@@ -52,6 +53,7 @@ __all__ = [
     "PoissonSample",
     "Pool",
     "Requests",
+    "Sampled",
     "Selected",
     "Slots",
     "Stream",
@@ -79,6 +81,7 @@ __all__ = [
     "random_codes",
     "reorder",
     "root_nodes",
+    "sample",
     "select_beams",
     "summarize",
     "token_log_prob",

@@ -2,9 +2,8 @@
 
     w = p / (1 - p),    Q(Y) = prod_{i in Y} w_i / e_K(w),    pi_i = w_i e_{K-1}(w without i) / e_K(w)
 
-with e_m the elementary symmetric polynomials. With the k best candidates first, in descending order, and the others
-behind them, tables of those before a place and of those from a place on hold everything (t_b is the tail's polynomial,
-below; without one t_0 = 1 and else 0):
+with e_m the elementary symmetric polynomials. With the candidates in descending order, 1 .. n, tables of those before
+and of those from a place on hold everything (t_b is the tail's polynomial, below; without one t_0 = 1 and else 0):
 
     E_a[i] = e_a(w_1 .. w_i)             E_a[i] = sum over j <= i of w_j E_{a-1}[j - 1]
     S_b[i] = e_b(w_i .. w_n and tail)    S_b[i] = t_b + sum over j >= i of w_j S_{b-1}[j + 1]
@@ -79,50 +78,48 @@ def log_odds(log_probs: Tensor) -> Tensor:
 
 
 class _Weights(NamedTuple):
-    """The candidates: the ``k`` best in descending order, then the whole list without them."""
+    """The candidates in descending order. Nothing here depends on the sizes of other requests, so no bit does."""
 
-    best: Tensor  # float64 [B, k], log w
-    rest: Tensor  # float64 [B, n], w in terms of the last of the best; 0 for the best
-    order: Tensor  # int64 [B, k], places of the best in the list
+    best: Tensor  # float64 [B, k], log w of the first
+    shares: Tensor  # float64 [B, n], w in terms of that of the last place that a set of the request's size needs
+    order: Tensor  # int64 [B, n], their places in the list
 
 
-def _weigh(log_probs: Tensor, k: int) -> _Weights:
-    found, order = log_probs.topk(min(k, log_probs.shape[1]))
-    missing = k - order.shape[1]
-    best = torch.nn.functional.pad(log_odds(found), (0, missing), value=-torch.inf)
-    least = best[:, -1:]
-    exact = log_probs.double()
-    rest = (exact - least.masked_fill(least == -torch.inf, 0.0)).exp_() / torch.expm1(exact).neg_().clamp_(min=_REMAINS)
-    return _Weights(best, rest.scatter_(1, order, 0.0), torch.nn.functional.pad(order, (0, missing)))
+def _weigh(log_probs: Tensor, sizes: Tensor, k: int) -> _Weights:
+    found, order = log_probs.sort(dim=1, descending=True, stable=True)
+    best = torch.nn.functional.pad(log_odds(found[:, :k]), (0, max(0, k - found.shape[1])), value=-torch.inf)
+    last = best.gather(1, (sizes - 1).clamp(min=0)[:, None])
+    exact = found.double()
+    shares = (exact - last.clamp(min=_LOWEST)).clamp_(max=0.0).exp_()
+    return _Weights(best, shares.div_(torch.expm1(exact).neg_().clamp_(min=_REMAINS)), order)
 
 
 def _tables(weights: _Weights, sizes: Tensor, log_tail: Tensor) -> tuple[_Tables, _Tables]:
     """E and S, in one go as ``X_a[r] = t_a + sum over q <= r of w_q X_{a-1}[q - 1]``, S with places from the last on.
 
-    So that both have the same shape, E has k places without weight behind its own, and S before.
-
     Args:
-        weights: of k + n places.
+        weights: of n places.
         sizes: int64 ``[B]``, K.
         log_tail: float64 ``[k + 1, B]``, log t of S.
     """
-    best, rest = weights.best, weights.rest
-    batch, k = best.shape
-    n = rest.shape[1]
+    best, shares = weights.best, weights.shares
+    (batch, k), n = best.shape, shares.shape[1]
     degree = torch.arange(1, k + 1, device=best.device)[:, None]
     # the first place that can have part: of E_a, a; of the b items from a place on, K - b or later
     start = torch.stack(((degree - 1).expand(k, batch), (sizes - degree).clamp(min=0)), 1)  # [k, 2, B]
-    units = best.gather(1, start.flatten(0, 1).t().contiguous().view(batch, -1)).t().view(k, 2, batch)
-    # w counts in units of the largest one that can have part, and is at most 1
+    units = best.gather(1, start.flatten(0, 1).t().contiguous()).t().view(k, 2, batch)
+    # w counts in units of the largest one that can have part, and is at most 1; the first K are computed as they are
     unit = units.clamp(min=_LOWEST)[..., None]
-    place = torch.arange(k, device=best.device)
-    head = (best - unit).masked_fill_(place < start[..., None], -torch.inf).clamp_(max=0.0).exp_()  # [k, 2, B, k]
-    reduce = (best[:, -1:] - unit).clamp_(max=0.0).exp_()  # [k, 2, B, 1]
+    reduce = (best.gather(1, (sizes - 1).clamp(min=0)[:, None]) - unit).clamp_(max=0.0).exp_()  # [k, 2, B, 1]
+    near = min(k, n)
+    place = torch.arange(near, device=best.device)
+    head = (best[:, :near] - unit).masked_fill_(place < start[..., None], -torch.inf).clamp_(max=0.0).exp_()
+    head = torch.where(place < sizes[:, None], head, shares[:, :near] * reduce)  # [k, 2, B, near]
     head[:, 1] = head[:, 1].flip(2)
-    middle = torch.stack((rest, rest.flip(1)))  # [2, B, n]
+    both = torch.stack((shares, shares.flip(1)))  # [2, B, n]
     initial = torch.stack((torch.full_like(log_tail, -torch.inf), log_tail), 1)  # [k + 1, 2, B]
 
-    values = rest.new_zeros(k + 1, 2, batch, 1 + k + n + k)
+    values = shares.new_empty(k + 1, 2, batch, 1 + n)
     values[0] = 1.0
     scale = torch.zeros_like(initial[0])
     scales, most = [scale], torch.ones_like(scale)
@@ -135,15 +132,15 @@ def _tables(weights: _Weights, sizes: Tensor, log_tail: Tensor) -> tuple[_Tables
         safe = scale.clamp(min=_LOWEST)
         factor = grown.sub_(safe).exp_().div_(most.clamp(min=_LEAST))[..., None]
         torch.sub(start_at, safe, out=table[..., 0]).exp_()
-        torch.mul(before[0, :, :k], share[0], out=table[0, :, 1 : k + 1])
-        torch.mul(before[1, :, k + n : -1], share[1], out=table[1, :, 1 + k + n :])
-        torch.mul(before[..., k : k + n], middle, out=table[..., k + 1 : k + 1 + n]).mul_(less)
+        torch.mul(before[..., :-1], both, out=table[..., 1:]).mul_(less)
+        torch.mul(before[0, :, :near], share[0], out=table[0, :, 1 : 1 + near])
+        torch.mul(before[1, :, n - near : -1], share[1], out=table[1, :, 1 + n - near :])
         table[..., 1:].mul_(factor)
         torch.cumsum(table, 2, out=table)
         most = table[..., -1]
         scales.append(scale)
     scale = torch.stack(scales, 1).unbind(0)
-    return _Tables(values[:, 0, :, : 1 + k + n], scale[0]), _Tables(values[:, 1, :, k:], scale[1])
+    return _Tables(values[:, 0], scale[0]), _Tables(values[:, 1], scale[1])
 
 
 class _Tail(NamedTuple):
@@ -246,9 +243,8 @@ def conditional_poisson(
     certain = available <= sizes
     sizes = torch.minimum(sizes, available)
 
-    weights = _weigh(log_probs, k)
+    weights = _weigh(log_probs, sizes, k)
     before, behind = _tables(weights, sizes, log_tail)
-    n += k  # places from here on
 
     # draw: of the `left` items still to be chosen from the last `at` places on, the next is `place` places from the end
     request = torch.arange(batch, device=sizes.device)
@@ -265,7 +261,7 @@ def conditional_poisson(
 
     # pi of what was drawn
     i = n - to_come.clamp(min=1)
-    listed_place = torch.where(i < k, weights.order.gather(1, i.clamp(max=k - 1)), i - k)
+    listed_place = weights.order.gather(1, i)
     log_w = log_odds(log_probs.gather(1, listed_place))
     a = count[:-1, :, None]
     rest = (sizes[:, None] - 1 - a).clamp(min=0)  # [k, B, 1]
@@ -275,7 +271,7 @@ def conditional_poisson(
     whole = behind.scale.gather(0, sizes[None]) + all_of_them.log()  # log S_K
     scale = before.scale[:-1] + behind.scale.gather(0, rest[:, :, 0]) - whole
     term = (scale[:, :, None] + log_w).clamp(max=700.0).exp() * first * last
-    pi = term.masked_fill(a >= sizes[:, None], 0.0).nan_to_num(0.0).sum(0)
+    pi = term.masked_fill(a >= sizes[:, None], 0.0).nan_to_num(0.0).cumsum(0)[-1]  # in order
 
     rank = torch.arange(k, device=sizes.device)
     item = torch.where(rank < taken, listed_place, log_probs.shape[1] + rank - taken)

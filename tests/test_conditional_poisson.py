@@ -49,8 +49,7 @@ def one_step(logits, k, batch, seed=0, **options):
 def test_law_of_a_step_with_a_tail(monkeypatch, way):
     # most of the mass is in the tail, so that its treatment shows
     vocab, k, batch = 5000, 4, 1500
-    monkeypatch.setattr(conditional_poisson, "_DENSE", 65536 if way == "all" else 0)
-    monkeypatch.setattr(poisson_tail, "_ALL", 100)
+    monkeypatch.setattr(conditional_poisson, "_DENSE", 8192 if way == "all" else 0)
     monkeypatch.setattr(poisson_tail, "_OF_ALL", 16)
     monkeypatch.setattr(poisson_tail, "_OF_TILES", 16)
     logits = -0.7 * torch.arange(1, vocab + 1).float().log()
@@ -78,7 +77,7 @@ def test_without_much_of_a_tail_the_result_is_exact(monkeypatch, way):
     vocab, k = 4999, 8
     logits = torch.randn(vocab, generator=torch.Generator().manual_seed(2)) * 6
     pi = exact_pi(logits.log_softmax(0), k)
-    monkeypatch.setattr(conditional_poisson, "_DENSE", 65536 if way == "all" else 0)
+    monkeypatch.setattr(conditional_poisson, "_DENSE", 8192 if way == "all" else 0)
     hyps, flags = one_step(logits, k, 20)
     assert bool((flags == 0).all())
     torch.testing.assert_close(hyps.log_inclusion.double().exp(), pi[hyps.tokens[:, :, 0]], rtol=1e-4, atol=1e-5)
@@ -87,7 +86,7 @@ def test_without_much_of_a_tail_the_result_is_exact(monkeypatch, way):
 @pytest.mark.parametrize("way", ["all", "tiles"])
 def test_masks_and_temperature_reach_the_tail(monkeypatch, way):
     vocab, k, batch = 5000, 4, 400
-    monkeypatch.setattr(conditional_poisson, "_DENSE", 65536 if way == "all" else 0)
+    monkeypatch.setattr(conditional_poisson, "_DENSE", 8192 if way == "all" else 0)
     monkeypatch.setattr(poisson_tail, "_OF_ALL", 16)
     monkeypatch.setattr(poisson_tail, "_OF_TILES", 16)
     logits = torch.randn(vocab, generator=torch.Generator().manual_seed(3))
@@ -108,7 +107,7 @@ def test_masks_and_temperature_reach_the_tail(monkeypatch, way):
 
 @pytest.mark.parametrize("way", ["all", "tiles"])
 def test_alone_as_in_a_batch(monkeypatch, way):
-    monkeypatch.setattr(conditional_poisson, "_DENSE", 65536 if way == "all" else 0)
+    monkeypatch.setattr(conditional_poisson, "_DENSE", 8192 if way == "all" else 0)
     logits = torch.randn(3, 5000, generator=torch.Generator().manual_seed(5)) * 2
     search = fb.BeamSearch(5, 2, None, selection=fb.ConditionalPoisson(7))
     together = search.init(3)
@@ -128,8 +127,7 @@ def test_alone_as_in_a_batch(monkeypatch, way):
 @pytest.mark.parametrize("way", ["all", "tiles"])
 def test_tails_of_several_parents_compete(monkeypatch, way):
     vocab, k, batch = 3000, 2, 1500
-    monkeypatch.setattr(conditional_poisson, "_DENSE", 65536 if way == "all" else 0)
-    monkeypatch.setattr(poisson_tail, "_ALL", 100)
+    monkeypatch.setattr(conditional_poisson, "_DENSE", 8192 if way == "all" else 0)
     monkeypatch.setattr(poisson_tail, "_OF_ALL", 8)
     monkeypatch.setattr(poisson_tail, "_OF_TILES", 8)
     first = torch.full((vocab,), -torch.inf)
@@ -148,6 +146,24 @@ def test_tails_of_several_parents_compete(monkeypatch, way):
     expected = torch.zeros(8, dtype=torch.float64).scatter_add_(0, bins, pi) * batch
     observed = torch.bincount(bins[place.flatten()], minlength=8).double()
     assert chi_square_p(observed, expected) > 1e-4
+
+
+@pytest.mark.parametrize("vocab", [40, 3000, 9000])
+def test_beside_a_wider_request(vocab):
+    logits = torch.randn(1, vocab, generator=torch.Generator().manual_seed(5)) * 2
+    later = torch.randn(7, vocab, generator=torch.Generator().manual_seed(6)) * 2
+
+    def run(widths, ids):
+        search = fb.BeamSearch(widths, 3, None, selection=fb.ConditionalPoisson(7))
+        state = search.init(len(ids), request_ids=ids)
+        step = search.step(state, logits.expand(len(ids), -1))
+        for _ in range(2):
+            step = search.step(state, later[step.tokens.flatten() % 7])
+        return search.finalize(state)
+
+    alone, beside = run([3], [5]), run([8, 3], [9, 5])
+    assert torch.equal(alone.tokens[0], beside.tokens[1, :3])
+    assert torch.equal(alone.log_inclusion[0], beside.log_inclusion[1, :3])
 
 
 def test_the_best_are_found_in_parts():
@@ -183,7 +199,6 @@ def test_draws_that_do_not_suffice_leave_places_empty():
 
 
 def test_an_error_beyond_the_limit_is_flagged(monkeypatch):
-    monkeypatch.setattr(poisson_tail, "_ALL", 10)
     monkeypatch.setattr(poisson_tail, "_OF_ALL", 16)
     hyps, flags = one_step(torch.linspace(0, 1, 60), 8, 4)
     assert bool((flags == fb.FLAG_INEXACT).all())

@@ -10,10 +10,10 @@ from flashbeam.kernels import (
     Choice,
     PoissonSample,
     Stream,
+    child_nodes,
     conditional_poisson,
     random_bits,
     root_nodes,
-    words_needed,
 )
 
 from ..arguments import seed_number
@@ -21,7 +21,8 @@ from .choosing import children, frozen, summarize_drawable
 from .poisson_tail import DRAWS, Rivals, split_all, split_by_tiles
 from .protocol import Decided, Expansion
 
-_DENSE = 65536  # candidates of a request up to which all are looked at; of more, tiles are
+_DENSE = 8192  # V up to which all candidates are looked at; of more, tiles are
+_WORDS = 2 + 2 * DRAWS  # random words of a place
 _ERROR = 1e-4  # of an inclusion probability, above which the request is flagged
 
 
@@ -34,9 +35,9 @@ class ConditionalPoisson:
     logarithms of the inclusion probabilities along a hypothesis' own path, which makes the estimator of
     :func:`flashbeam.estimate` unbiased from one run.
 
-    A request with up to 4096 candidates is treated exactly. Of more, the best are (512, and 1024 of more than 65536),
-    and the others together are their Poisson limit (kernels/poisson.py): no mass is dropped. The error that makes in an
-    inclusion probability is bounded at every step, and a request where the bound exceeds 1e-4 has ``FLAG_INEXACT`` in
+    The best candidates of a request, 512 of them or 1024 where V is above 8192, are treated exactly, and the others
+    together are their Poisson limit (kernels/poisson.py): no mass is dropped. The error that makes in an inclusion
+    probability is bounded at every step, and a request where the bound exceeds 1e-4 has ``FLAG_INEXACT`` in
     ``state.flags``.
     """
 
@@ -52,10 +53,11 @@ class ConditionalPoisson:
         """See :class:`flashbeam.selection.Selection`."""
         drawable = summarize_drawable(expansion)
         old = frozen(expansion)
-        nodes, steps = root_nodes(expansion.request_ids), expansion.requests.steps.long()
-        counts = [words_needed(k), 2 * DRAWS * k]
-        words, tail_words = random_bits(expansion.seed, nodes, sum(counts), Stream.POISSON, steps).split(counts, 1)
-        split = split_all if expansion.parents * expansion.vocab_size <= _DENSE else split_by_tiles
+        # a place's words are its own, however many places there are
+        nodes = child_nodes(root_nodes(expansion.request_ids), expansion.requests.steps.long())
+        words = random_bits(expansion.seed, nodes, k * _WORDS, Stream.POISSON).view(-1, k, _WORDS)
+        words, tail_words = (part.flatten(1) for part in words.split([2, 2 * DRAWS], 2))
+        split = split_all if expansion.vocab_size <= _DENSE else split_by_tiles
         rivals, tail = split(expansion, drawable, k, tail_words)
         listed = torch.cat([old.sampling_log_probs, rivals.log_probs], 1)
         sizes = expansion.limits.width.long()

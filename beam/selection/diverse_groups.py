@@ -36,18 +36,15 @@ class DiverseGroups:
         """See :class:`flashbeam.selection.Selection`."""
         found = children(expansion, k * self.groups)
         width = expansion.limits.width.view(-1, self.groups)
+        last = (expansion.limits.max_length == expansion.requests.steps + 1).view(-1, self.groups)
         chosen = found.tokens.new_empty(width.shape[0], 0)
         groups = []
         for group in range(self.groups):
             mine = _of_group(found, group, self.groups)
             best = rank_again(mine, mine.scores - self.strength * _count(chosen, mine.tokens), k)
-            penalty = None
-            picks = _valid(best, width[:, group])
-            if mine.ends is not None:
-                penalty = self.strength * _count(chosen, mine.ends.tokens)
-                picks = torch.cat([picks, _finishing(mine, best, penalty, width[:, group])], 1)
+            penalty = None if mine.ends is None else self.strength * _count(chosen, mine.ends.tokens)
             groups.append((best, penalty))
-            chosen = torch.cat([chosen, picks], 1)
+            chosen = torch.cat([chosen, _choices(mine, best, penalty, width[:, group], last[:, group])], 1)
         best = Candidates(*(_interleave(fields) for fields in zip(*(best for best, _ in groups), strict=True)))
         best = best._replace(lse=found.lse, flags=found.flags)
         if found.ends is None:
@@ -75,20 +72,22 @@ def _count(chosen: Tensor, tokens: Tensor) -> Tensor:
     return count.float().view(tokens.shape)
 
 
-def _valid(best: Candidates, width: Tensor) -> Tensor:
-    """The tokens that live on, -1 for none."""
-    place = torch.arange(best.tokens.shape[1], device=best.tokens.device)
-    return best.tokens.masked_fill((best.log_probs == -torch.inf) | (place >= width[:, None]), -1)
+def _choices(found: Children, best: Candidates, penalty: Tensor | None, width: Tensor, last: Tensor) -> Tensor:
+    """The tokens that a group chooses, -1 for none: those that live on, and the EOS among its ``width`` best.
 
-
-def _finishing(found: Children, best: Candidates, penalty: Tensor, width: Tensor) -> Tensor:
-    """The EOS tokens among the ``width`` best candidates, -1 for the others."""
+    Its ``last`` step is its ``width`` best, and nothing lives on.
+    """
+    count = best.tokens.shape[1]
+    place = torch.arange(count, device=best.tokens.device).expand_as(best.tokens)
+    nothing, beyond = best.log_probs == -torch.inf, place >= width[:, None]
     ends = found.ends
-    assert ends is not None
-    scores = ends.scores - penalty
+    if ends is None or penalty is None:
+        return best.tokens.masked_fill(nothing | beyond, -1)
     order = total_order(
-        (best.scores, best.parents, best.adjusted, best.tokens), (scores, ends.parents, ends.adjusted, ends.tokens)
+        (best.scores, best.parents, best.adjusted, best.tokens),
+        (ends.scores - penalty, ends.parents, ends.adjusted, ends.tokens),
     )
     place = torch.arange(order.shape[1], device=order.device).expand_as(order)
-    rank = torch.empty_like(order).scatter_(1, order, place)[:, best.tokens.shape[1] :]
-    return ends.tokens.masked_fill((rank >= width[:, None]) | (ends.log_probs == -torch.inf), -1)
+    behind = torch.empty_like(order).scatter_(1, order, place) >= width[:, None]
+    live = best.tokens.masked_fill(nothing | beyond | (behind[:, :count] & last[:, None]), -1)
+    return torch.cat([live, ends.tokens.masked_fill(behind[:, count:] | (ends.log_probs == -torch.inf), -1)], 1)

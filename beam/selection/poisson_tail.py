@@ -23,11 +23,11 @@ from .choosing import Drawable
 from .protocol import Expansion
 
 _LOG2E = 1.4426950408889634
-_ALL = 4096  # candidates of a request up to which there is no tail
 DRAWS = 4  # from the tail, for each item that may be needed
 _PART = 8
-_OF_ALL = 512  # listed where all are looked at
-_OF_TILES = 1024  # listed where tiles are
+# how many are listed depends on V alone: a request is treated alike beside wider ones
+_OF_ALL = 512  # where all are looked at
+_OF_TILES = 1024  # where tiles are
 
 
 class Rivals(NamedTuple):
@@ -50,7 +50,7 @@ class Tail(NamedTuple):
 
 
 def split_all(expansion: Expansion, drawable: Drawable, k: int, words: Tensor) -> tuple[Rivals, Tail | None]:
-    """Every candidate is looked at; more than 4096 of a request have a tail."""
+    """Every candidate is looked at; more than 512 of a request have a tail."""
     parents, size = expansion.parents, expansion.vocab_size
     logits = expansion.logits[:, :size]
     # log q = log q of the prefix + x - lse, in one operation; +inf where there is nothing to draw
@@ -75,13 +75,13 @@ def split_all(expansion: Expansion, drawable: Drawable, k: int, words: Tensor) -
             adjusted = adjusted / expansion.temperature[first_row + parent]
         return Rivals(parent, token, adjusted.masked_fill(log_prob == -torch.inf, -torch.inf), log_prob)
 
-    if parents * size <= _ALL:
+    if parents * size <= _OF_ALL:
         return at(torch.arange(parents * size, device=logits.device).expand_as(log_probs)), None
-    place = _best(log_probs, max(_OF_ALL, 2 * k))
+    place = _best(log_probs, max(_OF_ALL, k))
     best = at(place)
     odds = log_probs.scatter(1, place, -torch.inf).mul_(_LOG2E).exp2_()  # several times faster than exp on some CPUs
     odds.div_(1 - odds)  # what is left is at most 1/2
-    drawn, total = draw_distinct(odds, uniforms(words), k)
+    drawn, total = draw_distinct(odds, uniforms(words), k, DRAWS * expansion.limits.width.long())
     rest = at(drawn.clamp(min=0), drawn < 0)
     more = (odds > 0).sum(1) > (drawn >= 0).sum(1)
     squares = odds.square_().sum(1).log()
@@ -117,7 +117,7 @@ def split_by_tiles(expansion: Expansion, drawable: Drawable, k: int, words: Tens
     best = top_candidates(
         expansion.logits,
         base,
-        max(_OF_TILES, 2 * k),
+        max(_OF_TILES, k),
         bitmask=expansion.bitmask,
         temperature=expansion.temperature,
         normalize="allowed",
