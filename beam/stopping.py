@@ -67,7 +67,7 @@ class Exact:
 
     That holds as long as no more than ``beam_size`` hypotheses are asked for.
     A live beam with log-probability phi can reach at most ``phi / norm`` with the greatest norm of the lengths it may
-    still end at (design: algorithms.md, stopping). It closes late when the length penalty is above 0.
+    still end at (docs/algorithms/deciding.md). It closes late when the length penalty is above 0.
     """
 
     by_arrival = False

@@ -91,7 +91,8 @@ def measure(first: Tensor, logits: Tensor, rounds: int, usual: bool) -> dict[str
         log_probs = torch.full(rows.shape[:2], -2.0)
         perturbed = torch.rand(rows.shape[:2]).sub_(3.0)
         cases[USUAL] = lambda: gumbel_topk(rows, log_probs, perturbed, rows.shape[1])
-    seconds = interleave(cases, rounds)
+    with torch.inference_mode():  # as decode loops run
+        seconds = interleave(cases, rounds)
     base = {name: "Stochastic" if name == USUAL else "TopK" for name in cases}
     return {
         "vocab": logits.shape[1],

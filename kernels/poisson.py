@@ -17,17 +17,25 @@ Only positive float64 terms are added. In the order taken, the j-th factor of a 
 so each table is computed in units of that and of its own largest value: nothing overflows, whatever the weights, and
 what underflows has a chance below 1e-300.
 
-Candidates may be left out of the list. This tail counts as the Poisson limit of its coins, e_m ~ t_m = T^m / m! with T
-its total odds. True is t_m (1 - x_m) with 0 <= x_m <= C(m, 2) s =: y_m and s = sum (w / T)^2: m! e_m / T^m is the
-chance that m draws in proportion to w differ, and a pair of them agrees with chance s. For m the number of tail items
-chosen, with E its mean and Y = E[y_m], all under the law drawn from:
+Candidates may be left out of the list. Of this tail, with T its total odds and s = sum (w / T)^2,
 
-    listed, |error of pi| <= min(pi Y, (1 - pi) max y) / (1 - Y)
-    tail,   |error of pi| <= pi E[m z_m] / E[m] / (1 - Y),   z_m = C(m - 1, 2) s + (m - 1) w_i / T
+    e_m = T^m / m! * d_m,   d_m the chance that m draws in proportion to w differ,   1 - C(m, 2) s <= d_m
 
-The listed pi' is E[(1 - x_m) 1_i] / E[1 - x_m]. E[y_m 1_i] <= Y pi, as P(i | m) falls with m and y_m grows; the second
-holds by 1 - pi alike, with y_m at most its largest. A tail item's pi is w_i E[m] / T, and its true one has in place of
-m / T the chance that m - 1 draws differ from each other and from i, at least 1 - z_m. Where T is known but for a
+as a pair of draws agrees with chance s. By Bonferroni d_m is above that by no more than the chance of two pairs, which
+is 3 C(m, 3) c + 3 C(m, 4) s^2 with c = sum (w / T)^3 <= s w_max / T. So the tail's polynomial is taken to be
+
+    t_m = T^m / m! * (1 - C(m, 2) s),   off by y_m = (3 C(m, 3) c + 3 C(m, 4) s^2) / (1 - C(m, 2) s) of itself,
+
+and where C(m, 2) s > 1/2, T^m / m! / 2 and y_m = 1. For m the number of tail items chosen, with E its mean and
+Y = E[y_m], all under the law drawn from:
+
+    listed, |error of pi| <= 2 min(pi Y, (1 - pi) max y) / (1 - Y)
+    tail,   |error of pi| <= 2 pi E[m z_m] / E[m] / (1 - Y)
+            z_m = y_m + (C(m, 2) s + (m - 1) w_i / T) / (1 - C(m, 2) s)
+
+The listed pi' is E[(1 + x_m) 1_i] / E[1 + x_m] with |x_m| <= y_m. E[y_m 1_i] <= Y pi, as P(i | m) falls with m and y_m
+grows; the second holds by 1 - pi alike, with y_m at most its largest. A tail item's pi is w_i E[m] / T, and its true
+one has in place of m / T the chance that m - 1 draws differ from each other and from i. Where T is known but for a
 relative error d, pi of a listed item is off by no more than pi E[m] d more, and of a tail item by pi d. Sampling
 itself: listed items are in the sample with probability pi exactly; a tail item, drawn without replacement, within the
 same bound to first order.
@@ -143,13 +151,23 @@ def _tables(weights: _Weights, sizes: Tensor, log_tail: Tensor) -> tuple[_Tables
     return _Tables(values[:, 0], scale[0]), _Tables(values[:, 1], scale[1])
 
 
+def _clashes(m: Tensor, squares: Tensor, cubes: Tensor) -> tuple[Tensor, Tensor]:
+    """``t_m m! / T^m`` and y_m, for m float64 ``[k + 1, 1]`` tail items, s and c float64 ``[P]``."""
+    pairs = m * (m - 1) / 2
+    triples, fours = pairs * (m - 2) / 3, pairs * (m - 2) * (m - 3) / 12
+    clash = pairs * squares
+    differ = 1 - clash.clamp(max=0.5)
+    return differ, torch.where(clash > 0.5, 1.0, (3 * triples * cubes + 3 * fours * squares * squares) / differ)
+
+
 class _Tail(NamedTuple):
     """What the error of pi depends on, for P places."""
 
-    law: Tensor  # float64 [d + 1, P], chances of the numbers m of tail items
-    m: Tensor  # int64 [d + 1, P]
+    law: Tensor  # float64 [k + 1, P], chances of the numbers m of tail items
+    m: Tensor  # float64 [k + 1, 1]
     most: Tensor  # int64 [P], the largest m
-    clash: Tensor  # float64 [P], s
+    squares: Tensor  # float64 [P], s
+    cubes: Tensor  # float64 [P], c
     share: Tensor  # float64 [P], w / T of the item at the place
     error: Tensor  # float64 [P], relative, of T
 
@@ -157,11 +175,12 @@ class _Tail(NamedTuple):
 def _error(pi: Tensor, in_tail: Tensor, tail: _Tail) -> Tensor:
     """The bound at the top of this page on the error of each pi float64 ``[P]``, of a tail item where ``in_tail``."""
     law, m = tail.law, tail.m
-    y = m * (m - 1) * 0.5 * tail.clash
-    z = (m - 1).clamp(min=0) * ((m - 2) * 0.5 * tail.clash + tail.share)
+    differ, y = _clashes(m, tail.squares, tail.cubes)
+    z = y + (1 - differ + (m - 1).clamp(min=0) * tail.share) / differ
     mean, mean_y = (law * m).sum(0), (law * y).sum(0)
-    listed = torch.minimum(pi * mean_y, (1 - pi) * (tail.most * (tail.most - 1) * 0.5 * tail.clash))
-    error = torch.where(in_tail, pi * (law * m * z).sum(0) / mean, listed) / (1 - mean_y)
+    largest = y.masked_fill(m > tail.most, 0.0).amax(0)
+    listed = torch.minimum(pi * mean_y, (1 - pi) * largest)
+    error = 2 * torch.where(in_tail, pi * (law * m * z).sum(0) / mean, listed) / (1 - mean_y)
     error = error + pi * torch.where(in_tail, 1.0, mean) * tail.error
     return error.masked_fill(mean_y >= 1, 1.0).clamp_(max=1.0)
 
@@ -174,13 +193,14 @@ def conditional_poisson(
     tail: Tensor | None = None,
     tail_log_probs: Tensor | None = None,
     tail_squares: Tensor | None = None,
+    tail_max: Tensor | None = None,
     tail_error: Tensor | None = None,
     tail_more: Tensor | None = None,
 ) -> PoissonSample:
     """Draw a set of ``sizes`` candidates of each request, in proportion to the product of their odds p / (1 - p).
 
     Candidates with log p >= -1e-7 are certain. Where there are ``sizes`` candidates or fewer, all are taken. The first
-    three arguments about the tail come together.
+    four arguments about the tail come together.
 
     Args:
         log_probs: float32 ``[B, n]``, log p of the candidates listed, in any order; -inf or NaN where there is none.
@@ -190,7 +210,8 @@ def conditional_poisson(
         tail: float32 ``[B]``, log of the total odds of the candidates not listed; -inf where there is none.
         tail_log_probs: float32 ``[B, k]``, log p of the first ``k`` of them drawn one after the other in proportion to
             their odds, in that order; -inf behind the last if there are fewer.
-        tail_squares: float32 ``[B]``, log of the sum of their squared odds, or of a bound on it.
+        tail_squares: float32 ``[B]``, log of the sum of their squared odds.
+        tail_max: float32 ``[B]``, log of the largest odds among them, or of a bound on it.
         tail_error: float32 ``[B]``, bound on the relative error of ``exp(tail)``; default 0.
         tail_more: bool ``[B]``, whether the tail has more items than ``tail_log_probs``; default where that is full.
 
@@ -203,10 +224,16 @@ def conditional_poisson(
     check_range("k", k, 1)
     if n == 0:
         raise ValueError(f"log_probs: expected at least one column, got shape {[batch, n]}")
-    given = {"log_probs": log_probs, "tail": tail, "tail_log_probs": tail_log_probs, "tail_squares": tail_squares}
+    given = {
+        "log_probs": log_probs,
+        "tail": tail,
+        "tail_log_probs": tail_log_probs,
+        "tail_squares": tail_squares,
+        "tail_max": tail_max,
+    }
     present = {name: tensor for name, tensor in given.items() if tensor is not None}
-    if len(present) not in (1, 4):
-        raise ValueError(f"tail: expected tail, tail_log_probs and tail_squares together, got {', '.join(present)}")
+    if len(present) not in (1, 5):
+        raise ValueError(f"tail: expected it with its log_probs, squares and max, got {', '.join(present)}")
     for name, tensor in present.items():
         check_dtype(name, tensor, torch.float32)
         if name.endswith("_probs"):
@@ -230,14 +257,16 @@ def conditional_poisson(
     everything, reach = log_probs, torch.zeros_like(sizes)
     count = torch.arange(k + 1, device=sizes.device)[:, None]
     log_tail = torch.where(count == 0, 0.0, -torch.inf).double().expand(-1, batch)  # log t_m, [k + 1, B]
-    if tail is not None and tail_log_probs is not None:
+    if tail is not None and tail_log_probs is not None and tail_squares is not None and tail_max is not None:
         has_tail = tail > -torch.inf  # False for NaN
         tail = tail.double().masked_fill(~has_tail, -torch.inf)
         tail_log_probs = tail_log_probs.masked_fill(~has_tail[:, None], -torch.inf)
         reach = (tail_log_probs > -torch.inf).sum(1)  # the number of items in the tail, or k
         everything = torch.cat((log_probs, tail_log_probs), 1)
         power = torch.where(count == 0, 0.0, count * tail.masked_fill(~has_tail, 0.0))
-        unlimited = power - torch.lgamma(count + 1.0)
+        squares = (tail_squares.double() - 2 * tail).exp_().masked_fill_(~has_tail, 0.0)
+        cubes = squares * (tail_max.double() - tail).exp_().masked_fill_(~has_tail, 0.0)
+        unlimited = power - torch.lgamma(count + 1.0) + _clashes(count.double(), squares, cubes)[0].log()
         log_tail = unlimited.masked_fill(count > reach, -torch.inf)
     available = (log_probs > -torch.inf).sum(1) + reach
     certain = available <= sizes
@@ -279,21 +308,18 @@ def conditional_poisson(
     item.masked_fill_(none, 0)
     bound = torch.zeros_like(tail) if tail is not None else before.scale.new_zeros(batch)
     chosen_log_probs = everything.gather(1, item).masked_fill_(none, -torch.inf)
-    if tail is not None and tail_squares is not None:
+    if tail is not None:
         # the law of the number m of tail items: t_m E_{K-m}
         listed = before.scale + before.values[:, :, -1].log()
         listed_scale = listed.gather(0, (sizes - count).clamp(min=0)).masked_fill(count > sizes, -torch.inf)
         law = (log_tail + listed_scale - whole).exp().repeat_interleave(k, 1)  # [k + 1, B * k]
-        m = count.expand_as(law)
+        m = count.double()
         share = (log_odds(chosen_log_probs) - tail[:, None]).exp_().nan_to_num(0.0)
         in_tail = rank >= taken
         pi = torch.where(in_tail, share * (law * m).sum(0).view(batch, k), pi)
-        clash = (tail_squares.double() - 2 * tail).exp_().masked_fill_(~has_tail, 0.0)
-        relative = torch.zeros_like(clash) if tail_error is None else tail_error.double().masked_fill(~has_tail, 0.0)
-        most = torch.minimum(sizes, reach)
-        facts = _Tail(
-            law, m, *(x.repeat_interleave(k) for x in (most, clash)), share.flatten(), relative.repeat_interleave(k)
-        )
+        relative = torch.zeros_like(squares) if tail_error is None else tail_error.double().masked_fill(~has_tail, 0.0)
+        of_places = (x.repeat_interleave(k) for x in (torch.minimum(sizes, reach), squares, cubes))
+        facts = _Tail(law, m, *of_places, share.flatten(), relative.repeat_interleave(k))
         error = _error(pi.flatten(), in_tail.flatten(), facts).nan_to_num(0.0).view(batch, k)
         if tail_more is not None:  # the chance that the set would have had more of them
             beyond = torch.where((count > reach) & tail_more, unlimited + listed_scale - whole, -torch.inf).exp()

@@ -73,19 +73,20 @@ def child_nodes(nodes: Tensor, tokens: Tensor) -> Tensor:
     return _mix(nodes * ODD + tokens + 1)
 
 
-def philox(seed: Tensor, c0: Tensor, c1: Tensor, c2: Tensor, c3: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Four words of Philox4x32-10 for the counters of words ``c0 .. c3``, of one shape; ``seed`` is int64 ``[1]``."""
-    turn = torch.arange(_ROUNDS, device=seed.device)
-    keys = [((part + turn * weyl) & _WORD) for part, weyl in zip((seed & _WORD, _shift(seed, 32)), _WEYL, strict=True)]
-    fourth: Tensor | int = c3
-    for key0, key1 in zip(*(key.unbind() for key in keys), strict=True):
-        first, third = c0 * _MULTIPLY[0], c2 * _MULTIPLY[1]
+def philox(seed: Tensor, c0: Tensor, c1: Tensor, c2: Tensor, c3: int) -> Tensor:
+    """Four words ``[4, *]`` of Philox4x32-10 for the counters of words ``c0 .. c3 [*]``; ``seed`` is int64 ``[1]``."""
+    column = [-1] + [1] * c0.dim()
+    turn, half = torch.arange(_ROUNDS, device=seed.device)[:, None], torch.arange(2, device=seed.device)
+    weyl, multiply = ((second - first) * half + first for first, second in (_WEYL, _MULTIPLY[::-1]))
+    keys = ((torch.cat([seed, seed >> 32]) + turn * weyl) & _WORD).view(_ROUNDS, *column)
+    multiply = multiply.view(column)
+    even, odd = torch.stack([c0, c2]), torch.stack([c1, torch.full_like(c1, c3)])
+    for key in keys.unbind(0):
+        product = even.flip(0).mul_(multiply)  # of c2, of c0
         # the upper halves of c1 and c3 are not cleared: nothing below looks at them
-        c0 = (third >> 32).bitwise_xor_(c1).bitwise_xor_(key0).bitwise_and_(_WORD)
-        c2 = (first >> 32).bitwise_xor_(fourth).bitwise_xor_(key1).bitwise_and_(_WORD)
-        c1, fourth = third, first
-    assert isinstance(fourth, Tensor)
-    return c0, c1 & _WORD, c2, fourth & _WORD
+        even = (product >> 32).bitwise_xor_(odd).bitwise_xor_(key).bitwise_and_(_WORD)
+        odd = product
+    return torch.stack([even, odd & _WORD], 1).flatten(0, 1)  # c0, c1, c2, c3
 
 
 def _random_bits(seed: Tensor, nodes: Tensor, parts: Tensor, count: int, stream: int) -> Tensor:
@@ -94,7 +95,8 @@ def _random_bits(seed: Tensor, nodes: Tensor, parts: Tensor, count: int, stream:
     nodes, parts = nodes.flatten()[:, None], parts.flatten()[:, None]
     c2 = (parts * calls + torch.arange(calls, device=nodes.device)) & _WORD  # [M, calls]
     low, high = ((half & _WORD).expand_as(c2) for half in (nodes, nodes >> 32))
-    return torch.stack(philox(seed, low, high, c2, stream), -1).flatten(1)[:, :count].contiguous()
+    words = philox(seed, low, high, c2, stream)  # [4, M, calls]
+    return words.permute(1, 2, 0).flatten(1)[:, :count].contiguous()
 
 
 def _fake_random_bits(seed: Tensor, nodes: Tensor, parts: Tensor, count: int, stream: int) -> Tensor:

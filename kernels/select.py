@@ -11,7 +11,7 @@ ascending). Selection narrows tiles to groups to elements:
 A set ranks by the key of its best element. Tiles are contiguous, so equal maxima are in order of the tile, and k tiles
 are enough. A strided group's maximum does not say which token attains it, so equal maxima inside one tile are ranked
 arbitrarily; at most 63 groups can jump ahead of the right one that way, and 63 more are taken. The number of values
-looked at depends on P, V and k alone, but for a few that tie. The proof is in docs/algorithms.md.
+looked at depends on P, V and k alone, but for a few that tie. The proof is in docs/algorithms/deciding.md.
 """
 
 from collections.abc import Callable

@@ -1,18 +1,24 @@
 """The demo: its language model, the loop that newcomers copy, the tree it draws, and what it says to whom."""
 
 import json
+import math
 import os
+import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+import flashbeam as fb
+
 sys.path.insert(0, str(Path(__file__).parents[1] / "docs" / "examples"))
 
+from choose import COUNT, choose, distinct_bigrams, sequences
 from code_corpus import PROMPTS as HELD_OUT
 from codelm import EOS_ID, WEIGHTS, CodeLM, Tokenizer, load
 from demo import PROMPTS, complete, main
@@ -20,6 +26,7 @@ from evaluate import best_completions
 from report import NOISE, Completions
 from terminal import cut, one_line, printable
 from tree import Ending, Line, draw, grow
+from views import MILD, RUNS, SHARP
 
 EXAMPLES = WEIGHTS.parent
 MEGABYTE = 2**20
@@ -93,6 +100,14 @@ def test_cached_steps_equal_reading_at_once(lm: tuple[CodeLM, Tokenizer], prompt
     torch.testing.assert_close(logits, model.prefill(prompts)[0], atol=1e-3, rtol=0)
 
 
+def rescored(model: CodeLM, prompt: Sequence[int], completion: Sequence[int], temperature: float = 1.0) -> torch.Tensor:
+    """The log-probability of each token of a completion, read at once and without a cache."""
+    tokens = torch.tensor([[EOS_ID, *prompt, *completion]])
+    states, _ = model.states(tokens[:, :-1], None)
+    logits = states[0] @ model.embedding.weight.T / temperature
+    return logits.log_softmax(-1).gather(1, tokens[0, 1:, None])[len(prompt) :, 0]
+
+
 @torch.inference_mode()
 def test_hypotheses_have_the_log_probs_of_a_rescoring_from_scratch(
     lm: tuple[CodeLM, Tokenizer], prompts: list[list[int]], found: Completions
@@ -101,10 +116,7 @@ def test_hypotheses_have_the_log_probs_of_a_rescoring_from_scratch(
         endings = found.endings(request)
         assert len(endings) == 4
         for n, ending in enumerate(endings):
-            tokens = torch.tensor([[EOS_ID, *prompt, *ending.tokens]])
-            states, _ = lm[0].states(tokens[:, :-1], None)
-            logits = states[0] @ lm[0].embedding.weight.T
-            each = logits.log_softmax(-1).gather(1, tokens[0, 1:, None])[len(prompt) :, 0]
+            each = rescored(lm[0], prompt, ending.tokens)
             assert each.sum().item() == pytest.approx(ending.log_prob, abs=1e-3)
             reported = found.hypotheses.token_log_probs[request, n, : len(ending.tokens)]
             torch.testing.assert_close(reported, each, atol=1e-3, rtol=0)
@@ -234,7 +246,16 @@ def test_demo_completes_prompts_of_the_user() -> None:
         (["--num", "1.5"], "--num: expected a whole number from 1 to 256, got '1.5'"),
         (["--max-length", "0"], "--max-length: expected a whole number from 1 to 200, got '0'"),
         (["--threads", "-1"], "--threads: expected a whole number from 1 to 1024, got '-1'"),
-        (["--colour"], "--colour: expected --beams, --max-length, --num, --threads or --help, got '--colour'"),
+        (
+            ["--colour"],
+            "--colour: expected --stochastic, --diverse, --sample, --seed, --beams, --max-length, --num, --threads or "
+            "--help, got '--colour'",
+        ),
+        (["--stochastic", "--diverse"], "--diverse: expected no other view beside it, got --stochastic"),
+        (["--sample", "--beams", "4"], "--beams: expected no view beside it, got --sample"),
+        (["--seed", "1"], "--seed: expected --stochastic or --sample beside it, got neither"),
+        (["--diverse", "--seed", "1"], "--seed: expected --stochastic or --sample beside it, got --diverse"),
+        (["--sample", "--seed", "-1"], "--seed: expected a whole number from 0 to 999999999, got '-1'"),
     ],
 )
 def test_bad_arguments_are_named(
@@ -254,6 +275,187 @@ def test_bad_argument_of_the_program_is_no_traceback() -> None:
     result = demo("--beams", "many")
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr == "--beams: expected whole numbers from 1 to 256 with commas between, got 'many'\n"
+
+
+# the views
+
+
+LENGTH = 12
+TEXTS = (PROMPTS[1], PROMPTS[2])
+Show = Callable[..., str]
+
+
+@pytest.fixture
+def show(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Show:
+    """Run the program on ``TEXTS``, without the seconds a new process takes."""
+
+    def run(*arguments: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["demo.py", *arguments, "--max-length", str(LENGTH), "--", *TEXTS])
+        monkeypatch.setenv("COLUMNS", "80")
+        main()
+        return capsys.readouterr().out
+
+    return run
+
+
+def completion_lines(text: str) -> list[tuple[float, ...]]:
+    """The numbers before each completion, its length last."""
+    found = re.findall(r"^((?: +-?\d+\.\d\d)+) +(\d+)[ +]  \S", text, re.MULTILINE)
+    return [(*map(float, numbers.split()), int(length)) for numbers, length in found]
+
+
+def parts(text: str) -> list[str]:
+    """The text of each prompt, and what is said of all."""
+    _, *of_prompts = re.split(r"^Prompt \d of \d ─+$", text, flags=re.MULTILINE)
+    *others, last = of_prompts
+    return [*others, *re.split(r"^[A-Z][a-z ]+ ─+$", last, flags=re.MULTILINE)]
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize(
+    "selection, temperature",
+    [
+        (fb.Stochastic(3), SHARP),
+        (fb.Sample(3), 1.0),
+        (fb.Sample(3, top_p=0.9), MILD),
+        (fb.Arithmetic(3), MILD),
+        (fb.DiverseGroups(4, 0.5), 1.0),
+        (fb.DiverseSiblings(0.5), 1.0),
+    ],
+    ids=lambda value: type(value).__name__ if not isinstance(value, float) else str(value),
+)
+def test_chosen_completions_have_the_log_probs_of_a_rescoring_from_scratch(
+    lm: tuple[CodeLM, Tokenizer], prompts: list[list[int]], selection: fb.selection.Selection, temperature: float
+) -> None:
+    hyps = choose(lm[0], prompts, selection, LENGTH, temperature)
+    for request, prompt in enumerate(prompts):
+        completions = sequences(hyps, request)
+        assert len(completions) == COUNT
+        for n, tokens in enumerate(completions):
+            each = rescored(lm[0], prompt, tokens, temperature)
+            assert hyps.log_probs[request, n].item() == pytest.approx(each.sum().item(), abs=1e-3 / temperature)
+            assert hyps.finished[request, n] == (tokens[-1] == EOS_ID)
+
+
+def test_stochastic_view_weighs_distinct_completions(lm: tuple[CodeLM, Tokenizer], show: Show) -> None:
+    text = show("--stochastic", "--seed", "5")
+    *shown, end = parts(text)
+    encoded = [lm[1].encode(prompt) for prompt in TEXTS]
+    hyps = choose(lm[0], encoded * RUNS, fb.Stochastic(5), LENGTH, SHARP)
+    plain = choose(lm[0], encoded * RUNS, fb.Sample(5), LENGTH, SHARP)
+    assert len(shown) == len(TEXTS)
+    for request, part in enumerate(shown):
+        lines = completion_lines(part)
+        assert len(lines) == COUNT == len(set(sequences(hyps, request)))
+        perturbed, log_probs, weights, lengths = zip(*lines, strict=True)
+        assert log_probs == pytest.approx(hyps.log_probs[request].tolist(), abs=0.03)
+        assert list(perturbed) == sorted(perturbed, reverse=True)
+        # Kool et al. 2019: p / P(perturbed > the last), over their sum; the last does not count
+        gaps = [math.exp(log_prob - perturbed[-1]) for log_prob in log_probs[:-1]]
+        expected = [math.exp(log_prob) / -math.expm1(-gap) for log_prob, gap in zip(log_probs, gaps, strict=False)]
+        assert weights == pytest.approx([*(weight / sum(expected) for weight in expected), 0.0], abs=0.02)
+        mean = re.search(r"Expected length: (\S+) tokens, estimated from these 8;\n +(\S+) from 8 plain", part)
+        exact = [length * weight / sum(expected) for length, weight in zip(lengths, expected, strict=False)]
+        assert mean
+        assert float(mean[1]) == pytest.approx(sum(exact), abs=0.25)
+        assert float(mean[2]) == pytest.approx(plain.lengths[request].double().mean().item(), abs=0.06)
+        assert f"{len(set(sequences(plain, request)))} of them distinct" in part
+    said = re.findall(r"(\d+\.\d)(?: tokens)? with fb", end)
+    lengths = [plain.lengths.double().mean(1), (fb.weights(hyps) * hyps.lengths).sum(1)]
+    spread = [math.sqrt(np.var(of.view(RUNS, -1).numpy(), axis=0, ddof=1).mean()) for of in reversed(lengths)]
+    assert [float(number) for number in said] == pytest.approx(spread, abs=0.06)
+
+
+def test_diverse_view_counts_what_diversity_costs(lm: tuple[CodeLM, Tokenizer], show: Show) -> None:
+    rules = {"8 beams": fb.TopK(), "4 groups": fb.DiverseGroups(4, 0.5), "siblings": fb.DiverseSiblings(0.5)}
+    *shown, end = parts(show("--diverse"))
+    encoded = [lm[1].encode(prompt) for prompt in TEXTS]
+    summary = {line[:12].strip(): [float(number) for number in line[12:].split()] for line in end.splitlines()[2:]}
+    for name, rule in rules.items():
+        hyps = choose(lm[0], encoded, rule, LENGTH)
+        bigrams: list[tuple[int, int]] = []
+        for request, part in enumerate(shown):
+            of_rule = part[part.index(f"  {name}: ") :]
+            tokens, lengths = hyps.tokens[request].tolist(), hyps.lengths[request].tolist()
+            pairs = [pair for row, length in zip(tokens, lengths, strict=True) for pair in pairwise(row[:length])]
+            bigrams.append((len(set(pairs)), len(pairs)))
+            mean = hyps.log_probs[request].mean().item()
+            assert of_rule.startswith(
+                f"  {name}: {bigrams[-1][0]} distinct 2-grams of {bigrams[-1][1]}, mean log-prob {mean:.2f}\n"
+            )
+            lines = completion_lines(of_rule)[:COUNT]
+            assert [line[0] for line in lines] == pytest.approx(hyps.log_probs[request].tolist(), abs=0.01)
+            assert [line[1] for line in lines] == lengths
+        best = hyps.log_probs.max(1).values.mean().item()
+        expected = [*map(sum, zip(*bigrams, strict=True)), hyps.log_probs.mean().item(), best]
+        assert summary[name] == pytest.approx(expected, abs=0.01)
+    assert list(summary) == list(rules)
+    assert summary["4 groups"][0] > summary["8 beams"][0]  # diversity
+    assert summary["4 groups"][2] < summary["8 beams"][2]  # and its cost
+
+
+def test_groups_without_a_penalty_find_the_same(lm: tuple[CodeLM, Tokenizer], prompts: list[list[int]]) -> None:
+    hyps = choose(lm[0], prompts, fb.DiverseGroups(4, 0.0), LENGTH)
+    pairs = complete(lm[0], prompts, beam_size=COUNT // 4, max_length=LENGTH)
+    for request in range(len(prompts)):
+        expected = [tuple(ending.tokens) for ending in pairs.endings(request) for _ in range(4)]
+        assert sequences(hyps, request) == expected
+
+
+def test_sample_view_shows_repetitions_and_the_filter(lm: tuple[CodeLM, Tokenizer], show: Show) -> None:
+    text = show("--sample", "--seed", "2", "--num", "6")
+    *shown, end = parts(text)
+    encoded = [lm[1].encode(prompt) for prompt in TEXTS]
+    rules = {"top-p 0.9": fb.Sample(2, top_p=0.9), "arithmetic": fb.Arithmetic(2)}
+    for name, rule in rules.items():
+        hyps = choose(lm[0], encoded, rule, LENGTH, MILD)
+        counts = [len({tuple(row) for row in hyps.tokens[request].tolist()}) for request in range(len(TEXTS))]
+        for request, part in enumerate(shown):
+            of_rule = part[part.index(f"  {name}: ") :]
+            assert of_rule.startswith(f"  {name}: {counts[request]} of 8 distinct\n")
+            lines = completion_lines(of_rule)[:6]
+            assert [line[0] for line in lines] == pytest.approx(hyps.log_probs[request, :6].tolist(), abs=0.01)
+            filtered = [line[1] - line[0] for line in lines]
+            assert min(filtered) >= 0.0
+            assert (max(filtered) > 0.1) == (name == "top-p 0.9")
+        row = next(line for line in end.splitlines() if name in line)
+        assert float(row[12:].split()[0]) == pytest.approx(sum(counts) / len(counts), abs=0.06)
+    assert len(completion_lines(text)) == 2 * 2 * 6
+    assert show("--sample", "--seed", "2", "--num", "6") == text
+    assert show("--sample", "--seed", "3", "--num", "6") != text
+
+
+def test_distinct_bigrams() -> None:
+    assert distinct_bigrams([(1, 2, 1, 2), (2, 1), (3,), ()]) == (2, 4)
+    assert distinct_bigrams([]) == (0, 0)
+
+
+@pytest.mark.parametrize("view", ["stochastic", "diverse", "sample"])
+def test_view_fits_the_terminal(view: str, show: Show) -> None:
+    text = show(f"--{view}")
+    assert "\x1b" not in text
+    assert max(map(len, text.splitlines())) <= 80
+    assert "completes 2 prompts of Python code in one batch" in text
+
+
+def test_make_passes_the_view_beside_the_prompt() -> None:
+    # a make above this one would have it announce its folder
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
+    command = ["make", "--no-print-directory", "-n", "-o", ".venv/.installed", "demo"]
+    for arguments, expected in (
+        ([], ""),
+        (["VIEW=stochastic"], "--stochastic|"),
+        (["VIEW=sample", "PROMPT=it's $(x) "], "--sample|--|it's $(x) |"),
+    ):
+        root = EXAMPLES.parents[1]
+        line = subprocess.run(
+            [*command, *arguments], cwd=root, env=environment, capture_output=True, text=True, check=True
+        ).stdout
+        echo = line.strip().replace(".venv/bin/python docs/examples/demo.py", "printf '%s|'")
+        prompt = next((one.removeprefix("PROMPT=") for one in arguments if one.startswith("PROMPT=")), "")
+        shell = {**environment, "DEMO_PROMPT": prompt}
+        said = subprocess.run(["sh", "-c", echo], env=shell, capture_output=True, text=True, check=True).stdout
+        assert said.removeprefix("|") == expected  # printf without arguments prints one
 
 
 # the licence

@@ -35,7 +35,7 @@ class ConditionalPoisson:
     logarithms of the inclusion probabilities along a hypothesis' own path, which makes the estimator of
     :func:`flashbeam.estimate` unbiased from one run.
 
-    The best candidates of a request, 512 of them or 1024 where V is above 8192, are treated exactly, and the others
+    The best candidates of a request, 256 of them or 1024 where V is above 8192, are treated exactly, and the others
     together are their Poisson limit (kernels/poisson.py): no mass is dropped. The error that makes in an inclusion
     probability is bounded at every step, and a request where the bound exceeds 1e-4 has ``FLAG_INEXACT`` in
     ``state.flags``.
@@ -72,6 +72,7 @@ class ConditionalPoisson:
                 tail=tail.log_odds,
                 tail_log_probs=tail.drawn.log_probs,
                 tail_squares=tail.log_squares,
+                tail_max=tail.log_max,
                 tail_error=tail.error,
                 tail_more=tail.more,
             )

@@ -26,7 +26,7 @@ _LOG2E = 1.4426950408889634
 DRAWS = 4  # from the tail, for each item that may be needed
 _PART = 8
 # how many are listed depends on V alone: a request is treated alike beside wider ones
-_OF_ALL = 512  # where all are looked at
+_OF_ALL = 256  # where all are looked at
 _OF_TILES = 1024  # where tiles are
 
 
@@ -44,13 +44,14 @@ class Tail(NamedTuple):
 
     log_odds: Tensor  # float32 [B], log of their total odds
     log_squares: Tensor  # float32 [B], log of the sum of their squared odds
+    log_max: Tensor  # float32 [B], log of the greatest odds among them, or more
     error: Tensor  # float32 [B], bound on the relative error of the total
     more: Tensor  # bool [B], there are more than were drawn
     drawn: Rivals  # [B, k], some of them, drawn one after the other
 
 
 def split_all(expansion: Expansion, drawable: Drawable, k: int, words: Tensor) -> tuple[Rivals, Tail | None]:
-    """Every candidate is looked at; more than 512 of a request have a tail."""
+    """Every candidate is looked at; more than 256 of a request have a tail."""
     parents, size = expansion.parents, expansion.vocab_size
     logits = expansion.logits[:, :size]
     # log q = log q of the prefix + x - lse, in one operation; +inf where there is nothing to draw
@@ -84,8 +85,8 @@ def split_all(expansion: Expansion, drawable: Drawable, k: int, words: Tensor) -
     drawn, total = draw_distinct(odds, uniforms(words), k, DRAWS * expansion.limits.width.long())
     rest = at(drawn.clamp(min=0), drawn < 0)
     more = (odds > 0).sum(1) > (drawn >= 0).sum(1)
-    squares = odds.square_().sum(1).log()
-    return best, Tail(total.log().float(), squares, torch.zeros_like(squares), more, rest)
+    greatest, squares = odds.amax(1).log(), odds.square_().sum(1).log()
+    return best, Tail(total.log().float(), squares, greatest, torch.zeros_like(squares), more, rest)
 
 
 def _best(log_probs: Tensor, count: int) -> Tensor:
@@ -160,4 +161,7 @@ def split_by_tiles(expansion: Expansion, drawable: Drawable, k: int, words: Tens
     error = greatest / (1 - greatest) * (squares - total).exp().nan_to_num(0.0)
     squares = squares - 2 * torch.log1p(-greatest)
     more = torch.ones_like(expansion.requests.done)  # of so many there may always be
-    return listed, Tail(total, squares, error, more, Rivals(drawn.parents, drawn.tokens, drawn.adjusted, log_probs))
+    log_max = greatest.log() - torch.log1p(-greatest)
+    return listed, Tail(
+        total, squares, log_max, error, more, Rivals(drawn.parents, drawn.tokens, drawn.adjusted, log_probs)
+    )

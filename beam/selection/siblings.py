@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flashbeam.kernels import Candidates, Endings, endings, token_log_prob, top_candidates, total_order
+from flashbeam.kernels import Candidates, Endings, endings, token_log_prob, top_candidates
 
 from .protocol import Expansion
 
@@ -52,13 +52,13 @@ def children(expansion: Expansion, count: int) -> Children:
 
 
 def rank_again(found: Children, scores: Tensor, k: int, divisor: Tensor | None = None) -> Candidates:
-    """The ``k`` best of all children of each request by ``scores [B, P, L]``."""
-    parents, count = scores.shape[1:]
-    parent = torch.arange(parents, device=scores.device).repeat_interleave(count).expand(scores.shape[0], -1)
+    """The ``k`` best of all children of each request by ``scores [B, P, L]``.
+
+    Siblings come in order of adjusted logit and token, and parents in theirs: a stable sort is the total order.
+    """
     rank = scores if divisor is None else scores / divisor[:, None, None]
-    adjusted, tokens = found.adjusted.flatten(1), found.tokens.flatten(1)
-    order = total_order((rank.flatten(1), parent, adjusted, tokens))[:, :k]
-    log_probs, scores, tokens, adjusted, parent = (
-        field.gather(1, order) for field in (found.log_probs.flatten(1), scores.flatten(1), tokens, adjusted, parent)
+    order = rank.flatten(1).sort(dim=1, descending=True, stable=True).indices[:, :k]
+    log_probs, scores, tokens, adjusted = (
+        field.flatten(1).gather(1, order) for field in (found.log_probs, scores, found.tokens, found.adjusted)
     )
-    return Candidates(log_probs, parent, tokens, adjusted, found.lse, found.flags, scores)
+    return Candidates(log_probs, order // found.tokens.shape[2], tokens, adjusted, found.lse, found.flags, scores)
