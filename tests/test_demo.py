@@ -289,8 +289,8 @@ Show = Callable[..., str]
 def show(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Show:
     """Run the program on ``TEXTS``, without the seconds a new process takes."""
 
-    def run(*arguments: str) -> str:
-        monkeypatch.setattr(sys, "argv", ["demo.py", *arguments, "--max-length", str(LENGTH), "--", *TEXTS])
+    def run(*arguments: str, length: int = LENGTH) -> str:
+        monkeypatch.setattr(sys, "argv", ["demo.py", *arguments, "--max-length", str(length), "--", *TEXTS])
         monkeypatch.setenv("COLUMNS", "80")
         main()
         return capsys.readouterr().out
@@ -338,11 +338,11 @@ def test_chosen_completions_have_the_log_probs_of_a_rescoring_from_scratch(
 
 
 def test_stochastic_view_weighs_distinct_completions(lm: tuple[CodeLM, Tokenizer], show: Show) -> None:
-    text = show("--stochastic", "--seed", "5")
-    *shown, end = parts(text)
+    length = 48  # by then most have ended
+    *shown, end = parts(show("--stochastic", "--seed", "5", length=length))
     encoded = [lm[1].encode(prompt) for prompt in TEXTS]
-    hyps = choose(lm[0], encoded * RUNS, fb.Stochastic(5), LENGTH, SHARP)
-    plain = choose(lm[0], encoded * RUNS, fb.Sample(5), LENGTH, SHARP)
+    hyps = choose(lm[0], encoded * RUNS, fb.Stochastic(5), length, SHARP)
+    plain = choose(lm[0], encoded * RUNS, fb.Sample(5), length, SHARP)
     assert len(shown) == len(TEXTS)
     for request, part in enumerate(shown):
         lines = completion_lines(part)
@@ -357,12 +357,14 @@ def test_stochastic_view_weighs_distinct_completions(lm: tuple[CodeLM, Tokenizer
         mean = re.search(r"Expected length: (\S+) tokens, estimated from these 8;\n +(\S+) from 8 plain", part)
         exact = [length * weight / sum(expected) for length, weight in zip(lengths, expected, strict=False)]
         assert mean
-        assert float(mean[1]) == pytest.approx(sum(exact), abs=0.25)
+        assert float(mean[1]) == pytest.approx(sum(exact), abs=0.5)
         assert float(mean[2]) == pytest.approx(plain.lengths[request].double().mean().item(), abs=0.06)
         assert f"{len(set(sequences(plain, request)))} of them distinct" in part
     said = re.findall(r"(\d+\.\d)(?: tokens)? with fb", end)
-    lengths = [plain.lengths.double().mean(1), (fb.weights(hyps) * hyps.lengths).sum(1)]
-    spread = [math.sqrt(np.var(of.view(RUNS, -1).numpy(), axis=0, ddof=1).mean()) for of in reversed(lengths)]
+    means = [(fb.weights(hyps) * hyps.lengths).sum(1), plain.lengths.double().mean(1)]
+    runs = [[of[request :: len(TEXTS)].numpy() for request in range(len(TEXTS))] for of in means]
+    spread = [math.sqrt(np.mean([np.var(of, ddof=1) for of in of_rule])) for of_rule in runs]
+    assert min(spread) > 1.0
     assert [float(number) for number in said] == pytest.approx(spread, abs=0.06)
 
 
