@@ -2,6 +2,7 @@
 
 PYTHON ?= python3
 PROMPT ?=
+VIEW :=
 ARGS ?=
 INSTALLED := .venv/.installed
 
@@ -14,8 +15,8 @@ export DEMO_PROMPT := $(value PROMPT)
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile
 
-demo: $(INSTALLED) ## complete code prompts, greedy beside beams: make demo PROMPT='def '
-	@.venv/bin/python docs/examples/demo.py $${DEMO_PROMPT:+-- "$$DEMO_PROMPT"}
+demo: $(INSTALLED) ## complete code prompts by beam search: make demo PROMPT='def ', VIEW=stochastic, diverse or sample
+	@.venv/bin/python docs/examples/demo.py $(VIEW:%=--%) $${DEMO_PROMPT:+-- "$$DEMO_PROMPT"}
 
 test: $(INSTALLED) ## the whole test suite: make test ARGS='-k order'
 	.venv/bin/python -m pytest $(ARGS)

@@ -22,7 +22,7 @@ SAMPLERS = [rule for rule in RULES if rule.seed is not None]
 
 
 @pytest.mark.parametrize("rule", RULES, ids=repr)
-@pytest.mark.parametrize("vocab", [50, 9000])  # conditional Poisson looks at all, or at tiles
+@pytest.mark.parametrize("vocab", [50, 3000, 9000])  # conditional Poisson lists all, looks at all, or at tiles
 @pytest.mark.parametrize("options", [False, True])
 @pytest.mark.parametrize("wide_first", [False, True])
 def test_no_value_is_waited_for(rule, vocab, options, wide_first):

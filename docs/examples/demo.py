@@ -1,6 +1,7 @@
 """Complete prompts of Python code by beam search: greedy beside wider beams, with their n-best and their search tree.
 
 ``complete`` is the decode loop to copy; ``codelm.py`` is the model it drives, ``report.py`` prints what it returns.
+With ``--stochastic``, ``--diverse`` or ``--sample``, ``choose.py`` chooses otherwise and ``views.py`` prints that.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import flashbeam as fb
 from codelm import EOS_ID, CodeLM, Tokenizer, load
 from report import Completions, Report
 from terminal import Progress
+from views import COUNT, Views
 
 PROMPTS = (
     "class Stack:\n    def __init__(self",
@@ -29,6 +31,13 @@ PROMPTS = (
 CONTEXT = 256  # tokens the model was trained to look back
 MAX_BEAM_SIZE = 256
 MAX_THREADS = 1024
+BEAMS = "4,16"
+NUM = 3
+VIEWS = {
+    "stochastic": f"{COUNT} samples without replacement, with their weights in an estimate",
+    "diverse": f"{COUNT} beams beside beams that avoid each other",
+    "sample": f"{COUNT} samples, independent and spread evenly",
+}
 
 
 @torch.inference_mode()
@@ -93,6 +102,7 @@ class Parser(argparse.ArgumentParser):
         message = message.removeprefix("argument ")
         if message.endswith("expected one argument"):
             message += ", got none"
+        message = message.replace("not allowed with argument", "expected no other view beside it, got")
         self.exit(2, f"{message}\n")
 
 
@@ -125,9 +135,14 @@ def make_parser() -> Parser:
     )
     add = parser.add_argument
     add("prompts", nargs="*", metavar="PROMPT", help="the beginning of a piece of code; default: four of our own")
-    add("--beams", type=beam_sizes, default="4,16", metavar="K,K", help="beam sizes beside greedy; default %(default)s")
+    add("--beams", type=beam_sizes, metavar="K,K", help=f"beam sizes beside greedy; default {BEAMS}")
     add("--max-length", type=whole_number(1, 200), default=64, metavar="T", help="tokens; default %(default)s")
-    add("--num", type=whole_number(1, MAX_BEAM_SIZE), default=3, metavar="N", help="n-best; default %(default)s")
+    add(
+        "--num",
+        type=whole_number(1, MAX_BEAM_SIZE),
+        metavar="N",
+        help=f"completions to print of each search; default {NUM}, with a view all {COUNT}",
+    )
     add(
         "--threads",
         type=whole_number(1, MAX_THREADS),
@@ -135,7 +150,25 @@ def make_parser() -> Parser:
         metavar="N",
         help="default %(default)s: a small model",
     )
+    add("--seed", type=whole_number(0, 999_999_999), metavar="N", help="of --stochastic and --sample; default 0")
+    views = parser.add_argument_group("other views of the same prompts").add_mutually_exclusive_group()
+    for view, text in VIEWS.items():
+        views.add_argument(f"--{view}", dest="view", action="store_const", const=view, help=text)
     return parser
+
+
+def read_arguments(parser: Parser) -> argparse.Namespace:
+    """Read the command line, or exit and say what does not fit together."""
+    args, unknown = parser.parse_known_args()
+    if unknown:
+        options = ", ".join(f"--{name}" for name in (*VIEWS, "seed", "beams", "max-length", "num", "threads"))
+        parser.error(f"{unknown[0]}: expected {options} or --help, got {unknown[0]!r}")
+    if args.beams and args.view:
+        parser.error(f"--beams: expected no view beside it, got --{args.view}")
+    if args.seed is not None and args.view not in ("stochastic", "sample"):
+        got = f"--{args.view}" if args.view else "neither"
+        parser.error(f"--seed: expected --stochastic or --sample beside it, got {got}")
+    return args
 
 
 def encode(parser: Parser, tokenizer: Tokenizer, prompts: Sequence[str], max_length: int) -> list[list[int]]:
@@ -158,15 +191,11 @@ def encode(parser: Parser, tokenizer: Tokenizer, prompts: Sequence[str], max_len
 
 def main() -> None:
     parser = make_parser()
-    args, unknown = parser.parse_known_args()
-    if unknown:
-        parser.error(f"{unknown[0]}: expected --beams, --max-length, --num, --threads or --help, got {unknown[0]!r}")
+    args = read_arguments(parser)
     prompts = args.prompts or PROMPTS
     torch.set_num_threads(args.threads)
     model, tokenizer = load()
     encoded = encode(parser, tokenizer, prompts, args.max_length)
-    found = complete_all(model, encoded, args.beams, args.max_length)
-
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal without the symbols shows "?"
     report = Report(tokenizer)
@@ -174,11 +203,15 @@ def main() -> None:
     plural = "s" if len(prompts) > 1 else ""
     print(f"flashbeam {fb.__version__} completes {len(prompts)} prompt{plural} of Python code in one batch")
     report.note(f"language model: {parameters / 1e6:.1f} M parameters, on the CPU, threads: {args.threads}")
+    if args.view:
+        Views(model, tokenizer, args.max_length, args.num or COUNT, args.seed or 0).show(args.view, prompts, encoded)
+        return
+    found = complete_all(model, encoded, args.beams or beam_sizes(BEAMS), args.max_length)
     report.note("log-prob: natural logarithm of a completion's probability; gain: over greedy")
     report.note(f"▸ a completion begins; ↵ new line, a blank per level; + no end in {args.max_length} tokens\n")
     for request, prompt in enumerate(prompts):
         report.rule(f"Prompt {request + 1} of {len(prompts)}")
-        report.completions(found, request, prompt, args.num)
+        report.completions(found, request, prompt, args.num or NUM)
     drawn = found[min(1, len(found) - 1)]
     report.rule(f"Search tree of prompt 1, {drawn.name}")
     report.tree(drawn, 0, prompts[0])
