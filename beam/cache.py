@@ -37,21 +37,21 @@ def _children(node: Any, path: str) -> list[tuple[str, Any]] | None:
     )
 
 
-def _leaves(node: Any, path: str) -> Iterator[tuple[str, Any]]:
+def leaves_of(node: Any, path: str) -> Iterator[tuple[str, Any]]:
     children = _children(node, path)
     if children is None:
         yield path, node
     else:
         for child_path, child in children:
-            yield from _leaves(child, child_path)
+            yield from leaves_of(child, child_path)
 
 
-def _rebuilt(node: Any, leaves: Iterator[Any]) -> Any:
-    """``node`` with its leaves, in the order of :func:`_leaves`, replaced."""
+def rebuild(node: Any, leaves: Iterator[Any]) -> Any:
+    """``node`` with its leaves, in the order of :func:`leaves_of`, replaced."""
     children = _children(node, "")
     if children is None:
         return next(leaves)
-    values = [_rebuilt(child, leaves) for _, child in children]
+    values = [rebuild(child, leaves) for _, child in children]
     if dataclasses.is_dataclass(node) and not isinstance(node, type):
         fields = dict(zip(dataclasses.fields(node), values, strict=True))
         instance = dataclasses.replace(node, **{field.name: value for field, value in fields.items() if field.init})
@@ -126,7 +126,7 @@ def reorder(
         ValueError: shapes, devices, strides or structures differ from the above. Nothing has been written then.
         TypeError: a dtype or type differs from the above. Nothing has been written then.
     """
-    leaves = list(_leaves(cache, "cache"))
+    leaves = list(leaves_of(cache, "cache"))
     buffers: list[tuple[str, Any]] = [("", None)] * len(leaves)
     if out is not None:
         buffers = list(_paired(cache, out, "out"))
@@ -145,5 +145,5 @@ def reorder(
                 done[key] = reorder_rows(leaf, source_rows, dim=dim, out=buffer, group_size=group_size)
             result = done[key]
         results.append(result)
-    rebuilt: Nest = _rebuilt(cache, iter(results))
+    rebuilt: Nest = rebuild(cache, iter(results))
     return rebuilt

@@ -9,14 +9,15 @@ from .hypotheses import Hypotheses
 def weights(hyps: Hypotheses, normalized: bool = True) -> Tensor:
     """What each hypothesis counts for in an expectation, so that ``E[f] ~ (weights * f).sum(1)``.
 
-    - ``fb.Stochastic`` (Kool, van Hoof, Welling 2019, section 4.2): ``q / P(G > kappa)``; the last of the K sets kappa
-      and has weight 0. Where fewer than K sequences exist all of them are there, and count their probability.
+    - ``fb.Stochastic`` (Kool, van Hoof, Welling 2019, section 4.2): ``q / P(G > kappa)``; the last of the K sets the
+      threshold kappa and has weight 0. Where fewer than K sequences exist all are there and count their probability.
     - ``fb.ConditionalPoisson`` (Horvitz-Thompson): ``q / pi`` with pi the product, over the steps, of the inclusion
       probabilities along the hypothesis' own path: unbiased from a single run, by the tower property.
     - ``fb.Sample``, ``fb.Arithmetic``: ``1 / K``.
 
     with q the probability under what was sampled from. These make the estimator unbiased; ``normalized`` divides them
-    by their sum, for a small bias that vanishes as K grows and mostly far less variance.
+    by their sum: mostly far less variance, for a bias that vanishes as K grows. Over long sequences the products of
+    fb.ConditionalPoisson spread over orders of magnitude, and one run tells little either way.
 
     Args:
         hyps: all K hypotheses of each request, as ``finalize(state)`` gives them.
@@ -38,13 +39,10 @@ def weights(hyps: Hypotheses, normalized: bool = True) -> Tensor:
     counted = hyps.valid
     if hyps.log_inclusion is not None:
         log_weights = hyps.sampling_log_probs.double() - hyps.log_inclusion
-    if hyps.perturbed is not None:
+    if hyps.perturbed is not None and hyps.threshold is not None:
         if bool((hyps.beam_size < 2).any()):
             raise ValueError("hyps: expected a beam_size of 2 or more: the last of fb.Stochastic sets the threshold")
-        last = hyps.beam_size[:, None] - 1
-        place = torch.arange(count, device=last.device)
-        complete = hyps.valid.gather(1, last)  # else there are fewer, and none was left out
-        counted = counted & ~(complete & (place >= last))
+        counted = counted & (hyps.perturbed > hyps.threshold[:, None])
     if hyps.log_inclusion is None and not normalized:
         return counted / hyps.beam_size[:, None].double()
     log_weights = log_weights.masked_fill(~counted, -torch.inf)

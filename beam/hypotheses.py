@@ -29,6 +29,7 @@ class Hypotheses:
     sampling_log_probs: Tensor | None = None  # float32 [B, N], of what was sampled from; -inf where not valid
     log_inclusion: Tensor | None = None  # float32 [B, N], log-probability of being in the sample; 0 where not valid
     perturbed: Tensor | None = None  # float32 [B, N], what orders the sample of fb.Stochastic: its scores
+    threshold: Tensor | None = None  # float32 [B], what a sequence had to exceed to be in it for sure; -inf if nothing
 
 
 @dataclass
@@ -45,7 +46,7 @@ class _Endings:
     eos: Tensor  # int64 [B, M], token that follows, or -1
     eos_log_probs: Tensor  # float32 [B, M]
     sampling_log_probs: Tensor  # float32 [B, M]
-    log_inclusion: Tensor  # float32 [B, M]
+    inclusion: Tensor  # float32 [B, M], see Draws
 
     def take(self, index: Tensor) -> _Endings:
         return _Endings(*(field.gather(1, index) for field in vars(self).values()))
@@ -69,7 +70,7 @@ def _of_slots(state: State) -> _Endings:
     lengths = slots.lengths.long()
     held = (slots.log_probs > -torch.inf) & (lengths > 0)
     step = (state.requests.steps.long() - 1)[:, None].expand_as(lengths)
-    found = _Endings(
+    return _Endings(
         scores=slots.scores.masked_fill(~held, -torch.inf) / state.limits.length_norm.gather(1, lengths),
         log_probs=slots.log_probs.masked_fill(~held, -torch.inf),
         lengths=lengths,
@@ -80,23 +81,14 @@ def _of_slots(state: State) -> _Endings:
         eos=torch.full_like(lengths, -1),
         eos_log_probs=torch.zeros_like(slots.log_probs),
         sampling_log_probs=state.draws.sampling_log_probs,
-        log_inclusion=state.draws.log_inclusion,
+        inclusion=state.draws.inclusion.masked_fill(~held, -torch.inf),
     )
-    if "perturbed" in state.selection.reports:
-        found.log_inclusion = _log_inclusion(found.scores, found.sampling_log_probs, state.limits.width)
-    return found
 
 
-def _log_inclusion(perturbed: Tensor, log_probs: Tensor, width: Tensor) -> Tensor:
-    """``log P(G > kappa) = log(1 - exp(-exp(log_prob - kappa)))``, kappa the least of ``width`` perturbed ones.
-
-    Kool, van Hoof, Welling 2019, section 4.2. Where there are fewer, all there is was taken: 0.
-    """
-    kappa = perturbed.sort(dim=1, descending=True).values.gather(1, width.long()[:, None] - 1)
-    gap = log_probs.double() - kappa
-    log_inclusion = torch.where(gap < -30.0, gap, torch.log(-torch.expm1(-torch.exp(gap))))
-    everything = (kappa == -torch.inf) | (perturbed == -torch.inf)
-    return log_inclusion.float().masked_fill(everything, 0.0)
+def _log_inclusion(log_probs: Tensor, threshold: Tensor) -> Tensor:
+    """``log P(G > kappa) = log(1 - exp(-exp(log_prob - kappa)))``: Kool, van Hoof, Welling 2019, section 4.2."""
+    gap = log_probs.double() - threshold[:, None]  # +inf where nothing was left out
+    return torch.where(gap < -30.0, gap, torch.log(-torch.expm1(-torch.exp(gap)))).float()
 
 
 def _of_pool(state: State) -> _Endings:
@@ -113,7 +105,7 @@ def _of_pool(state: State) -> _Endings:
         eos=pool.tokens.long(),
         eos_log_probs=pool.token_log_probs,
         sampling_log_probs=pool.log_probs,
-        log_inclusion=torch.zeros_like(pool.log_probs),
+        inclusion=torch.zeros_like(pool.log_probs),
     )
 
 
@@ -163,9 +155,12 @@ def _collect(state: State, num_hypotheses: int | None) -> Hypotheses:
     scores = best.scores.masked_fill(~valid, -torch.inf)
     reported = {
         "sampling_log_probs": best.sampling_log_probs.masked_fill(~valid, -torch.inf),
-        "log_inclusion": best.log_inclusion.masked_fill(~valid, 0.0),
+        "log_inclusion": best.inclusion.masked_fill(~valid, 0.0),
         "perturbed": scores,
     }
+    if "threshold" in state.selection.reports:
+        reported["threshold"] = threshold = found.inclusion.amax(1)
+        reported["log_inclusion"] = _log_inclusion(best.sampling_log_probs, threshold).masked_fill(~valid, 0.0)
     return Hypotheses(
         tokens=tokens,
         lengths=lengths,

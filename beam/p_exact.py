@@ -15,21 +15,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from flashbeam.kernels import topk_log_probs
 
 from .arguments import finite_number, positive_number, token_ids, whole_number
-from .cache import _leaves, _rebuilt, reorder
+from .pruned_tree import Caches, Floats, Ints, Nodes, Request, gathered, next_turns
 
-Ints = NDArray[np.int64]
-Floats = NDArray[np.float32]
 _FIRST_LOOK = 64  # tokens per row; only rows whose nucleus is larger, and matters, are looked at again
 
 
@@ -45,150 +41,6 @@ class PExact:
     valid: Tensor  # bool [B], something complete was found
     exact: Tensor  # bool [B], the whole pruned tree was searched: there is nothing better
     nodes: Tensor  # int64 [B], rows of logits read, the first included
-
-
-class _Caches:
-    """The caches of the rows of one call, for as long as nodes wait for them."""
-
-    def __init__(self, nest: Any, size: int):
-        self.nest, self.size = nest, size
-        self.waiting: list[_Nodes] = []
-
-    def take(self, rows: Ints, device: torch.device) -> Any:
-        return reorder(self.nest, torch.from_numpy(rows).to(device))
-
-    def compact(self, device: torch.device) -> None:
-        """Forget the rows that no node waits for, once they are half of the rows or more."""
-        self.waiting = [nodes for nodes in self.waiting if len(nodes.tokens)]
-        if not self.waiting:
-            self.nest = None
-            return
-        rows = np.unique(np.concatenate([nodes.rows[nodes.parents] for nodes in self.waiting]))
-        if 2 * len(rows) <= self.size:
-            self.nest, self.size = self.take(rows, device), len(rows)
-            for nodes in self.waiting:
-                nodes.rows = np.searchsorted(rows, nodes.rows)  # anything where the row is forgotten
-
-
-@dataclass
-class _Turn:
-    """Nodes of a request at one depth d whose rows are read, r of them."""
-
-    request: _Request
-    prefixes: Ints  # [r, d]
-    prefix_log_probs: Floats  # [r, d], of each token
-    log_probs: Floats  # [r], cumulative
-    caches: _Caches | None  # of the parents; None for the root, which has none
-    rows: Ints  # [r] in the caches
-
-
-@dataclass
-class _Nodes:
-    """The children of a turn's r rows that wait for theirs to be read, n of them, best first."""
-
-    turn: _Turn
-    caches: _Caches  # that the call of the turn returned
-    rows: Ints  # [r] in the caches
-    parents: Ints  # [n] in 0 .. r - 1
-    tokens: Ints  # [n]
-    token_log_probs: Floats  # [n]
-    log_probs: Floats  # [n], cumulative
-
-    @property
-    def depth(self) -> int:
-        return int(self.turn.prefixes.shape[1]) + 1
-
-    def keep(self, which: Any) -> None:
-        for name in ("parents", "tokens", "token_log_probs", "log_probs"):
-            setattr(self, name, getattr(self, name)[which])
-
-    def path(self, i: Any) -> tuple[int, ...]:
-        return (*self.turn.prefixes[self.parents[i]].tolist(), int(self.tokens[i]))
-
-
-class _Request:
-    """What one request has found, and what it has yet to look at."""
-
-    def __init__(self) -> None:
-        self.log_prob = np.float32(-np.inf)
-        self.tokens: tuple[int, ...] = ()
-        self.token_log_probs: Floats = np.empty(0, np.float32)
-        self.exact = True
-        self.nodes = 0
-        self.greedy = True  # on the way to the hypothesis of greedy search
-        self.pending: list[_Nodes] = []  # deeper and deeper
-
-    def root(self) -> _Turn:
-        nothing = np.empty((1, 0))
-        zero = np.zeros(1, np.int64)
-        return _Turn(self, nothing.astype(np.int64), nothing.astype(np.float32), zero.astype(np.float32), None, zero)
-
-    def due(self, batch_rows: int, node_budget: int) -> int:
-        """Rows of the next turn."""
-        one = self.greedy or not self.tokens
-        return min(1 if one else batch_rows, len(self.pending[-1].tokens), node_budget - self.nodes)
-
-    def take(self, count: int) -> _Turn:
-        nodes = self.pending[-1]
-        parents = nodes.parents[:count]
-        turn = _Turn(
-            self,
-            np.column_stack([nodes.turn.prefixes[parents], nodes.tokens[:count]]),
-            np.column_stack([nodes.turn.prefix_log_probs[parents], nodes.token_log_probs[:count]]),
-            nodes.log_probs[:count],
-            nodes.caches,
-            nodes.rows[parents],
-        )
-        nodes.keep(slice(count, None))
-        return turn
-
-    def receive(self, new: _Nodes, eos_ids: list[int], max_length: int, node_budget: int) -> None:
-        """Enter the children of a turn's rows: those of a row best first, the rows one after the other."""
-        self.nodes += len(new.rows)
-        ends = np.isin(new.tokens, eos_ids) | (new.depth == max_length)
-        best = new.log_probs[ends].max(initial=-np.inf)
-        for i in np.flatnonzero(ends & (new.log_probs == best)):
-            path = new.path(i)
-            if not self.tokens or (-best, len(path), path) < (-self.log_prob, len(self.tokens), self.tokens):
-                self.log_prob, self.tokens = best, path
-                steps = new.turn.prefix_log_probs[new.parents[i]]
-                self.token_log_probs = np.append(steps, new.token_log_probs[i])
-        new.keep(~ends)
-        new.keep(np.argsort(-new.log_probs, kind="stable"))
-        self.pending.append(new)
-        for nodes in self.pending:
-            nodes.keep(self._may_win(nodes))
-        self.greedy = self.greedy and len(new.tokens) > 0 and not ends[0]
-        self.pending = [nodes for nodes in self.pending if len(nodes.tokens)]
-        if self.pending and self.nodes == node_budget:
-            self.exact = False
-            for nodes in self.pending:
-                nodes.keep(slice(0))
-            self.pending = []
-
-    def _may_win(self, nodes: _Nodes) -> NDArray[np.bool_]:
-        """Which nodes can lead to a better hypothesis, given that no increment is above 0."""
-        if not self.tokens:
-            return np.ones(len(nodes.tokens), bool)
-        may_win: NDArray[np.bool_] = nodes.log_probs > self.log_prob
-        for i in np.flatnonzero(nodes.log_probs == self.log_prob):
-            may_win[i] = (nodes.depth + 1, nodes.path(i)) < (len(self.tokens), self.tokens)
-        return may_win
-
-
-def _concatenated(nests: list[Any]) -> Any:
-    """The rows of nests of one structure in one; plain values are those of the first."""
-    done: dict[tuple[int, ...], Tensor] = {}  # a tensor that appears twice stays one
-    results: list[Any] = []
-    for leaves in zip(*([leaf for _, leaf in _leaves(nest, "cache")] for nest in nests), strict=True):
-        result = leaves[0]
-        if isinstance(result, Tensor):
-            key = tuple(map(id, leaves))
-            if key not in done:
-                done[key] = torch.cat(leaves)
-            result = done[key]
-        results.append(result)
-    return _rebuilt(nests[0], iter(results))
 
 
 def _nuclei(
@@ -217,38 +69,7 @@ def _nuclei(
     return nuclei
 
 
-def _next_turns(requests: list[_Request], batch_rows: int, node_budget: int) -> list[_Turn]:
-    """Turns at the depth that fills a call best, the deepest such, with those on the same caches side by side."""
-    takers: dict[int, list[tuple[_Request, int]]] = {}
-    room: dict[int, int] = {}
-    for request in requests:
-        if request.pending:
-            depth, due = request.pending[-1].depth, request.due(batch_rows, node_budget)
-            if due <= room.setdefault(depth, batch_rows):
-                room[depth] -= due
-                takers.setdefault(depth, []).append((request, due))
-    if not takers:
-        return []
-    depth = min(takers, key=lambda depth: (room[depth], -depth))
-    by_caches: dict[_Caches | None, list[_Turn]] = {}
-    for request, due in takers[depth]:
-        turn = request.take(due)
-        by_caches.setdefault(turn.caches, []).append(turn)
-    return [turn for turns in by_caches.values() for turn in turns]
-
-
-def _gathered(turns: list[_Turn], device: torch.device) -> Any:
-    """The caches of the rows of ``turns``."""
-    nests = []
-    for caches, group in groupby(turns, lambda turn: turn.caches):
-        assert caches is not None
-        nests.append(caches.take(np.concatenate([turn.rows for turn in group]), device))
-    return nests[0] if len(nests) == 1 else _concatenated(nests)
-
-
-def _results(
-    requests: list[_Request], max_length: int, eos_ids: list[int], pad_id: int, device: torch.device
-) -> PExact:
+def _results(requests: list[Request], max_length: int, eos_ids: list[int], pad_id: int, device: torch.device) -> PExact:
     shape = len(requests), max_length
     tokens, token_log_probs = np.full(shape, pad_id), np.zeros(shape, np.float32)
     for i, request in enumerate(requests):
@@ -349,7 +170,7 @@ def p_exact(
         whole_number(1)("vocab_size", vocab_size)
 
     device = tokens.device
-    requests = [_Request() for _ in range(tokens.shape[0])]
+    requests = [Request() for _ in range(tokens.shape[0])]
     turns = [request.root() for request in requests]
     columns = 0
     while turns:
@@ -369,20 +190,18 @@ def p_exact(
         log_probs = np.concatenate([turn.log_probs for turn in turns])
         best = np.repeat([turn.request.log_prob for turn in turns], np.diff(first_rows))
         nuclei = _nuclei(logits.detach(), p, temperature, vocab_size, log_probs, best, _FIRST_LOOK)
-        caches = _Caches(cache, len(log_probs))
+        caches = Caches(cache, len(log_probs))
         touched = {caches, *(nodes.caches for turn in turns for nodes in turn.request.pending)}
         for turn, start, stop in zip(turns, first_rows, first_rows[1:], strict=False):
             parents = np.repeat(np.arange(stop - start), [len(found) for found, _ in nuclei[start:stop]])
             children, steps = (np.concatenate(part) for part in zip(*nuclei[start:stop], strict=True))
-            new = _Nodes(
-                turn, caches, np.arange(start, stop), parents, children, steps, turn.log_probs[parents] + steps
-            )
+            new = Nodes(turn, caches, np.arange(start, stop), parents, children, steps, turn.log_probs[parents] + steps)
             caches.waiting.append(new)
             turn.request.receive(new, eos_ids, max_length, node_budget)
-        turns = _next_turns(requests, batch_rows, node_budget)
+        turns = next_turns(requests, batch_rows, node_budget)
         if turns:
             tokens = torch.from_numpy(np.concatenate([turn.prefixes[:, -1] for turn in turns])).to(device)
-            cache = _gathered(turns, device)
+            cache = gathered(turns, device)
             touched |= {turn.caches for turn in turns if turn.caches is not None}
         for held in touched:
             held.compact(device)

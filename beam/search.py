@@ -189,7 +189,8 @@ class BeamSearch:
         if first and state.groups > 1:  # every group starts from the request's one row
             rows = rows[::given].repeat_interleave(state.groups, 0)
             mask = None if mask is None else mask[::given].repeat_interleave(state.groups, 0)
-        mask = self._without_banned_eos(state, without_eos, mask, rows.shape[0])
+        if state.calls + 1 < max(self.min_length.values):
+            mask = self._without_banned_eos(state, without_eos, mask, rows.shape[0])
         parents = rows.shape[0] // state.requests.done.shape[0]
         expansion = Expansion(
             logits=rows,
@@ -212,6 +213,7 @@ class BeamSearch:
         selected = self.selection.select(expansion, state.slots.log_probs.shape[1])
         # nothing can be refused from here on: what follows changes the state
         state.vocab_size, state.constraint_state, state.without_eos = logits.shape[-1], constraint_state, without_eos
+        state.calls += 1
         step = self._step_of_groups(state, self._advance(state, expansion, selected), given if first else None)
         if self.constraint is not None:
             first_slot = torch.arange(0, state.batch_size * state.beam_size, state.beam_size, device=state.device)

@@ -57,7 +57,7 @@ def start(
     draws = Draws(
         nodes=root_nodes(ids.repeat_interleave(groups))[:, None].repeat(1, beams),
         sampling_log_probs=new(per_slot, -torch.inf, torch.float32),
-        log_inclusion=new(per_slot, 0.0, torch.float32),
+        inclusion=new(per_slot, 0.0, torch.float32),
         codes=new(per_slot, 0, torch.int64),
     )
     for field in (slots.log_probs, slots.scores, draws.sampling_log_probs):

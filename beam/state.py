@@ -38,6 +38,7 @@ class State:
     pad_id: int
     constraint_state: Any = None  # a nest of tensors, rows first
     vocab_size: int | None = None  # known from the first logits on
+    calls: int = 0  # of step; the host's own count
     without_eos: Tensor | None = None  # int32 [ceil(V / 32)], a bitmask of every token but EOS
 
     @property
@@ -69,7 +70,7 @@ class State:
 
     @property
     def flags(self) -> Tensor:
-        """int32 ``[B]``: the sum of ``FLAG_NAN``, ``FLAG_INF`` and ``FLAG_DEAD_END`` where they occurred, else 0."""
+        """int32 ``[B]``: the sum of ``FLAG_NAN``, ``FLAG_INF``, ``FLAG_DEAD_END``, ``FLAG_INEXACT`` that occurred."""
         if self.groups == 1:
             return self.requests.flags
         return functools.reduce(torch.bitwise_or, self.requests.flags.view(-1, self.groups).unbind(1))

@@ -36,7 +36,7 @@ class Choice(NamedTuple):
     log_probs: Tensor  # float32 [B, K], cumulative, the model's; -inf where nothing was chosen
     scores: Tensor  # float32 [B, K], what hypotheses are ranked by, before a length norm
     sampling_log_probs: Tensor  # float32 [B, K], cumulative, of what was sampled from
-    log_inclusion: Tensor  # float32 [B, K], cumulative
+    inclusion: Tensor  # float32 [B, K], see Draws
     codes: Tensor  # int64 [B, K], see fb.Arithmetic
 
 
@@ -78,7 +78,7 @@ def _advance_chosen(
         (slots.ended, ended & keep),
         (draws.nodes, torch.where(frozen, nodes, child_nodes(nodes, choice.tokens))),
         (draws.sampling_log_probs, choice.sampling_log_probs.masked_fill(~keep, none)),
-        (draws.log_inclusion, choice.log_inclusion.masked_fill(~keep, 0.0)),
+        (draws.inclusion, choice.inclusion.masked_fill(~keep, 0.0)),
         (draws.codes, choice.codes),
     ):
         field.copy_(values if everyone else torch.where(live[:, None], values, field))

@@ -33,7 +33,9 @@ class Draws(NamedTuple):
 
     nodes: Tensor  # int64 [B, K], hash of the prefix: see kernels/random.py
     sampling_log_probs: Tensor  # float32 [B, K], cumulative, of what was sampled from
-    log_inclusion: Tensor  # float32 [B, K], cumulative log-probability of having been chosen along the way
+    # float32 [B, K], what inclusion probabilities are made from: for fb.ConditionalPoisson their cumulative logarithm,
+    # for fb.Stochastic the threshold so far, the same in every slot
+    inclusion: Tensor
     codes: Tensor  # int64 [B, K], an arithmetic code's 64 bits
 
 

@@ -148,7 +148,7 @@ def step_by_hand(choice, row_flags, eos, slots, draws, requests, history, limits
                 (slots.log_probs, choice.log_probs[b, slot] if keep else -INF),
                 (slots.scores, choice.scores[b, slot] if keep else -INF),
                 (draws.sampling_log_probs, choice.sampling_log_probs[b, slot] if keep else -INF),
-                (draws.log_inclusion, choice.log_inclusion[b, slot] if keep else 0.0),
+                (draws.inclusion, choice.inclusion[b, slot] if keep else 0.0),
                 (draws.codes, choice.codes[b, slot]),
                 (slots.lengths, old_lengths[own[slot]] if frozen[slot] else step + 1),
                 (slots.ranks, slot),

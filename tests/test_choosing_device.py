@@ -84,8 +84,8 @@ def test_steps_draw_fresh_numbers(rule):
     # the same logits at every step: only the prefix tells the steps apart
     search = fb.BeamSearch(1, 12, None, selection=rule)
     state = search.init(8)
-    for step in range(12):
-        search.step(state, torch.zeros(8, 50) if step == 0 else torch.zeros(8, 50))
+    for _ in range(12):
+        search.step(state, torch.zeros(8, 50))
     tokens = search.finalize(state).tokens[:, 0]
     assert all(len(set(row)) > 3 for row in tokens.tolist())
     assert len({tuple(row) for row in tokens.tolist()}) == 8

@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from flashbeam import pruned_tree
 from flashbeam.cache import reorder
 from flashbeam.kernels import topk_log_probs
 from flashbeam.p_exact import PExact, p_exact
@@ -389,7 +390,7 @@ def test_caches_are_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
         alive.add(out[0])
         return out
 
-    monkeypatch.setattr(MODULE, "reorder", watched_reorder)
+    monkeypatch.setattr(pruned_tree, "reorder", watched_reorder)
     settings: dict[str, Any] = {"p": 1.0, "max_length": 4, "batch_rows": 3}
     gc.disable()
     try:

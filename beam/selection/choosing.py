@@ -49,7 +49,7 @@ def frozen(expansion: Expansion) -> Choice:
         log_probs=slots.log_probs.masked_fill(none, -torch.inf),
         scores=slots.scores.masked_fill(none, -torch.inf),
         sampling_log_probs=draws.sampling_log_probs.masked_fill(none, -torch.inf),
-        log_inclusion=draws.log_inclusion,
+        inclusion=draws.inclusion,
         codes=draws.codes,
     )
 
@@ -75,7 +75,7 @@ def children(
         log_probs=log_probs,
         scores=log_probs if scores is None else scores,
         sampling_log_probs=draws.sampling_log_probs.gather(1, parents) + sampling_increments,
-        log_inclusion=draws.log_inclusion.gather(1, parents),
+        inclusion=draws.inclusion.gather(1, parents),
         codes=torch.zeros_like(tokens),
     )
 

@@ -35,9 +35,9 @@ class ConditionalPoisson:
     logarithms of the inclusion probabilities along a hypothesis' own path, which makes the estimator of
     :func:`flashbeam.estimate` unbiased from one run.
 
-    The best candidates of a request, 256 of them or 1024 where V is above 8192, are treated exactly, and the others
-    together are their Poisson limit (kernels/poisson.py): no mass is dropped. The error that makes in an inclusion
-    probability is bounded at every step, and a request where the bound exceeds 1e-4 has ``FLAG_INEXACT`` in
+    The best candidates of a request, 256 of them or 1024 where V is above 8192, are treated one by one, and the others
+    together by their total and their squares (kernels/poisson.py): no mass is dropped. The error that makes in an
+    inclusion probability is bounded at every step, and a request where the bound exceeds 1e-4 has ``FLAG_INEXACT`` in
     ``state.flags``.
     """
 
@@ -89,7 +89,7 @@ class ConditionalPoisson:
         none = sample.chosen < 0
         choice = choice._replace(
             log_probs=choice.log_probs.masked_fill(none, -torch.inf),
-            log_inclusion=choice.log_inclusion + sample.log_inclusion,
+            inclusion=choice.inclusion + sample.log_inclusion,
         )
         return Decided(choice, drawable.flags | _inexact(sample, expansion))
 

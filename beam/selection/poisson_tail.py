@@ -155,13 +155,12 @@ def split_by_tiles(expansion: Expansion, drawable: Drawable, k: int, words: Tens
     doubled = summarize(expansion.logits, bitmask=rest, temperature=temperature / 2, normalize="allowed", **options).lse
     squares = 2 * base + token_log_prob(doubled, 2 * drawable.lse).view_as(base)
     total, squares = mass.logsumexp(1), squares.logsumexp(1)
-    # sum p / (1 - p) = sum p + sum p^2 + .., and what is left out is at most max p / (1 - max p) of sum p^2
+    # odds are p + p^2 + ..: what is left out, here and in drawing by p, is at most max p / (1 - max p) of it
     greatest = best.log_probs[:, -1].exp().clamp(max=0.5)
     total = torch.logaddexp(total, squares)
-    error = greatest / (1 - greatest) * (squares - total).exp().nan_to_num(0.0)
-    squares = squares - 2 * torch.log1p(-greatest)
-    more = torch.ones_like(expansion.requests.done)  # of so many there may always be
+    error = greatest / (1 - greatest) * (1 + k * (squares - 2 * total).exp() + (squares - total).exp()).nan_to_num(0.0)
     log_max = greatest.log() - torch.log1p(-greatest)
+    more = torch.ones_like(expansion.requests.done)  # of so many there may always be
     return listed, Tail(
         total, squares, log_max, error, more, Rivals(drawn.parents, drawn.tokens, drawn.adjusted, log_probs)
     )

@@ -54,7 +54,7 @@ class Selection(Protocol):
 
     regimes: tuple[str, ...]  # regimes for finished hypotheses it is correct in; the first is the default
     seed: int | None  # of a rule that samples: it draws from what is allowed, and does not rank by length
-    reports: tuple[str, ...]  # fields it adds to the hypotheses: sampling_log_probs, log_inclusion, perturbed
+    reports: tuple[str, ...]  # fields it adds to Hypotheses, of those that are None by default
     groups: int  # parts of a beam that rank, finish and stop on their own; each is a request to ``select``
 
     def select(self, expansion: Expansion, k: int) -> Ranked | Decided:

@@ -19,11 +19,15 @@ class Stochastic:
     perturbed log-probabilities, in that order (Plackett-Luce), and ``scores`` are these. ``hyps.log_inclusion`` is the
     log-probability that a sequence exceeds the K-th, for :func:`flashbeam.estimate`. With one seed the K-sample is the
     beginning of the K'-sample. Temperature and masks are part of the distribution that is sampled.
+
+    Where masks leave a chosen prefix without a continuation, its place stays empty and fewer than K sequences may come
+    back. The threshold is the greatest K-th value of any step, which keeps the estimates unbiased: what exceeds it was
+    never passed over.
     """
 
     seed: int
     regimes = ("in_place",)
-    reports = ("sampling_log_probs", "log_inclusion", "perturbed")
+    reports = ("sampling_log_probs", "log_inclusion", "perturbed", "threshold")
     groups = 1
 
     def __post_init__(self) -> None:
@@ -54,5 +58,11 @@ class Stochastic:
         )
         new = children(expansion, drawable, drawn.tokens, drawn.parents, drawn.adjusted, drawn.perturbed)
         old = frozen(expansion)
-        order = torch.cat([old.scores, new.scores], 1).sort(dim=1, descending=True, stable=True).indices[:, :k]
-        return Decided(take((old, new), order), drawable.flags)
+        rank = torch.cat([old.scores, new.scores], 1).sort(dim=1, descending=True, stable=True)
+        choice = take((old, new), rank.indices[:, :k])
+        # the K-th greatest so far: it grows from step to step but where a prefix that took a place has no continuation
+        threshold = rank.values.gather(1, expansion.limits.width.long()[:, None] - 1)
+        if not expansion.first:
+            before = draws.inclusion.masked_fill(slots.log_probs == -torch.inf, -torch.inf).amax(1, keepdim=True)
+            threshold = torch.maximum(threshold, before)
+        return Decided(choice._replace(inclusion=threshold.expand_as(choice.scores)), drawable.flags)
