@@ -87,8 +87,8 @@ def token_ids(name: str, given: Any) -> list[int]:
 def nonnegative_number(name: str, value: Any) -> float:
     """A check for finite numbers of at least 0."""
     number = finite_number(name, value)
-    if number < 0:
-        raise ValueError(f"{name}: expected a number >= 0, got {value}")
+    if not 0 <= number < 1e37:
+        raise ValueError(f"{name}: expected a number from 0 to 1e37, got {value}")
     return number
 
 

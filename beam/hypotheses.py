@@ -113,7 +113,8 @@ def collect(state: State, num_hypotheses: int | None) -> Hypotheses:
     """The best ``num_hypotheses`` of each request, or its ``beam_size`` best, as things stand. Changes nothing."""
     if state.groups == 1:
         return _collect(state, num_hypotheses)
-    return _merge_groups(state, _collect(state, None), num_hypotheses)
+    more = num_hypotheses is not None and num_hypotheses > state.beam_size  # then what the pools hold besides
+    return _merge_groups(state, _collect(state, num_hypotheses if more else None), num_hypotheses)
 
 
 def _merge_groups(state: State, found: Hypotheses, num_hypotheses: int | None) -> Hypotheses:

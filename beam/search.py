@@ -189,13 +189,15 @@ class BeamSearch:
         if first and state.groups > 1:  # every group starts from the request's one row
             rows = rows[::given].repeat_interleave(state.groups, 0)
             mask = None if mask is None else mask[::given].repeat_interleave(state.groups, 0)
-        if state.calls + 1 < max(self.min_length.values):
-            mask = self._without_banned_eos(state, without_eos, mask, rows.shape[0])
+        allowed = self._without_banned_eos(state, without_eos, mask, rows.shape[0])
+        if self._renormalizes():
+            mask = allowed
         parents = rows.shape[0] // state.requests.done.shape[0]
         expansion = Expansion(
             logits=rows,
             active=state.slots.active[:, :parents].flatten(),
             bitmask=mask,
+            allowed=allowed,
             temperature=None if state.temperature is None else state.temperature[:, :parents].flatten(),
             eos=state.eos,
             divisor=self._next_norm(state) if state.in_place and self.selection.seed is None else None,
@@ -213,7 +215,6 @@ class BeamSearch:
         selected = self.selection.select(expansion, state.slots.log_probs.shape[1])
         # nothing can be refused from here on: what follows changes the state
         state.vocab_size, state.constraint_state, state.without_eos = logits.shape[-1], constraint_state, without_eos
-        state.calls += 1
         step = self._step_of_groups(state, self._advance(state, expansion, selected), given if first else None)
         if self.constraint is not None:
             first_slot = torch.arange(0, state.batch_size * state.beam_size, state.beam_size, device=state.device)
@@ -257,16 +258,20 @@ class BeamSearch:
         constraint_state, without_eos = None, None
         if self.constraint is not None:
             constraint_state = self.constraint.init(state.batch_size, state.beam_size, vocab_size, state.device)
-        renormalizes = self.normalize == "allowed" or self.selection.seed is not None
-        if renormalizes and state.eos is not None and max(self.min_length.values) > 0:
+        weighs = self.selection.weighs or self._renormalizes()
+        if weighs and state.eos is not None and max(self.min_length.values) > 0:
             tokens = torch.arange(vocab_size, device=state.device)
             without_eos = pack_bitmask((tokens[:, None] != state.eos).all(1))
         return constraint_state, without_eos
 
+    def _renormalizes(self) -> bool:
+        """Whether what is banned is no part of the distribution."""
+        return self.normalize == "allowed" or self.selection.seed is not None
+
     def _without_banned_eos(
         self, state: State, without_eos: Tensor | None, mask: Tensor | None, rows: int
     ) -> Tensor | None:
-        """The bitmask with EOS taken out where ``min_length`` bans it; needed only to renormalise over the rest."""
+        """The bitmask with EOS taken out where ``min_length`` bans it, for those who renormalise or weigh the rest."""
         if without_eos is None:
             return mask
         banned = state.requests.steps + 1 < state.limits.min_length

@@ -38,7 +38,6 @@ class State:
     pad_id: int
     constraint_state: Any = None  # a nest of tensors, rows first
     vocab_size: int | None = None  # known from the first logits on
-    calls: int = 0  # of step; the host's own count
     without_eos: Tensor | None = None  # int32 [ceil(V / 32)], a bitmask of every token but EOS
 
     @property
@@ -88,6 +87,7 @@ class State:
         """The best hypothesis of each request so far, finished or not (``N = 1``), for streaming."""
         return collect(self, 1)
 
+    @torch.inference_mode(False)  # as in BeamSearch.init
     def clone(self) -> "State":
         """A snapshot to go back to: it shares no memory that a step changes."""
         return replace(self, **{field.name: _cloned(getattr(self, field.name)) for field in fields(self)})

@@ -22,12 +22,13 @@ from .beamstate import (
 )
 from .bitmask import apply_bitmask_, mark_bits, pack_bitmask, unpack_bitmask
 from .draw import Drawn, draw_children
+from .exponential import exp
 from .filters import filter_bitmask
 from .history import backtrace, trace_slots, update_ancestry
 from .invert import Inverted, invert_cdf
-from .keys import token_log_prob
+from .keys import pack_key, token_log_prob
 from .lse import FLAG_INF, FLAG_NAN
-from .poisson import PoissonSample, conditional_poisson, log_odds, words_needed
+from .poisson import PoissonSample, conditional_poisson, log_odds
 from .random import Stream, child_nodes, gumbel, random_bits, random_codes, root_nodes, uniforms
 from .reorder import check_reorder, reorder
 from .sample import Sampled, sample
@@ -71,12 +72,14 @@ __all__ = [
     "draw_children",
     "draw_distinct",
     "endings",
+    "exp",
     "filter_bitmask",
     "gumbel",
     "invert_cdf",
     "log_odds",
     "mark_bits",
     "pack_bitmask",
+    "pack_key",
     "random_bits",
     "random_codes",
     "reorder",
@@ -92,5 +95,4 @@ __all__ = [
     "uniforms",
     "unpack_bitmask",
     "update_ancestry",
-    "words_needed",
 ]

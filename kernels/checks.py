@@ -143,3 +143,13 @@ def check_candidates(rows: Tensor, active: Tensor | None, exclude: Tensor | None
 def contiguous(tensor: Tensor | None) -> Tensor | None:
     """Small arguments reach kernels without strides; a tensor that is dense already is not copied."""
     return None if tensor is None else tensor.detach().contiguous()
+
+
+def check_fraction(name: str, value: float, above_zero: bool) -> float:
+    """``value`` is a number in (0, 1], or in [0, 1]."""
+    wanted = f"a number in {'(' if above_zero else '['}0, 1]"
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise TypeError(f"{name}: expected {wanted}, got {type(value).__name__}")
+    if not 0 <= value <= 1 or (above_zero and value == 0):
+        raise ValueError(f"{name}: expected {wanted}, got {value}")
+    return float(value)

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from .bitmask import pack_bitmask, unpack_bitmask, words_of
-from .checks import check_range, check_rows, check_tensor, contiguous
+from .checks import check_fraction, check_range, check_rows, check_tensor, contiguous
 from .registration import register
 
 P_BITS = 30
@@ -239,17 +239,15 @@ def filter_bitmask(
     vocab_size = check_rows(logits, vocab_size, bitmask, temperature)
     if top_k is not None:
         check_range("top_k", top_k, 1)
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"top_p: expected a number above 0 and at most 1, got {top_p}")
-    if min_p is not None and not 0 <= min_p <= 1:
-        raise ValueError(f"min_p: expected a number from 0 to 1, got {min_p}")
+    top_p = 1.0 if top_p is None else check_fraction("top_p", top_p, above_zero=True)
+    min_p = 0.0 if min_p is None else check_fraction("min_p", min_p, above_zero=False)
     kept: Tensor = filter_bitmask_op(
         logits.detach(),
         vocab_size,
         bitmask,
         contiguous(temperature),
         0 if top_k is None else min(top_k, vocab_size),
-        1.0 if top_p is None else float(top_p),
-        0.0 if min_p is None else float(min_p),
+        top_p,
+        min_p,
     )
     return kept

@@ -40,7 +40,7 @@ MIX_SECOND = _signed(0x94D049BB133111EB)
 
 
 class Stream(enum.IntEnum):
-    """What random words are for; no two purposes share any."""
+    """What random words are for; no two purposes of a search share any."""
 
     ROOT = 0
     TILE = 1
@@ -50,6 +50,7 @@ class Stream(enum.IntEnum):
     ROTATION = 5
     POISSON = 6
     NOISE = 7
+    DRAW = 8
 
 
 def _shift(x: Tensor, bits: int) -> Tensor:

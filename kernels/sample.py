@@ -1,7 +1,7 @@
 """One independent draw a row: temperature, bitmask, top-k, top-p and min-p, then the inverse of the distribution.
 
     q[j]  = exp(x[j] / temperature) over the kept tokens, divided by its sum
-    code  = random_codes(seed, child(root(row_id), offset), SAMPLE)
+    code  = random_codes(seed, child(root(row_id), offset), DRAW)
     token = the token whose interval of q holds the code
     log_prob = min(x[token] / temperature - lse, 0), lse over the whole vocabulary
 
@@ -15,7 +15,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .checks import check_dims, check_dtype, check_range, check_rows, check_same_device, check_shape, contiguous
+from .checks import (
+    check_dims,
+    check_dtype,
+    check_fraction,
+    check_range,
+    check_rows,
+    check_same_device,
+    check_shape,
+    contiguous,
+)
 from .filters import filter_bitmask_op, keep_of_best
 from .invert import descend, invert_cdf_op, masses
 from .keys import adjust, token_log_prob
@@ -44,16 +53,6 @@ def _device_number(name: str, value: Tensor | int, device: torch.device) -> Tens
         return value
     check_range(name, value, -(2**63), 2**63 - 1)
     return torch.full((1,), value, dtype=torch.int64, device=device)
-
-
-def _check_fraction(name: str, value: float, above_zero: bool) -> float:
-    """``value`` is a number in (0, 1], or in [0, 1]."""
-    wanted = f"a number in {'(' if above_zero else '['}0, 1]"
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
-        raise TypeError(f"{name}: expected {wanted}, got {type(value).__name__}")
-    if not 0 <= value <= 1 or (above_zero and value == 0):
-        raise ValueError(f"{name}: expected {wanted}, got {value}")
-    return float(value)
 
 
 def _from_best(
@@ -169,8 +168,8 @@ def sample(
     vocab_size = check_rows(rows, vocab_size, bitmask, temperature)
     if top_k is not None:
         check_range("top_k", top_k, 1)
-    top_p = 1.0 if top_p is None else _check_fraction("top_p", top_p, above_zero=True)
-    min_p = 0.0 if min_p is None else _check_fraction("min_p", min_p, above_zero=False)
+    top_p = 1.0 if top_p is None else check_fraction("top_p", top_p, above_zero=True)
+    min_p = 0.0 if min_p is None else check_fraction("min_p", min_p, above_zero=False)
     if row_ids is None:
         row_ids = torch.arange(count, device=device)
     check_dtype("row_ids", row_ids, torch.int64)
@@ -180,7 +179,7 @@ def sample(
     offset = _device_number("offset", 0 if offset is None else offset, device)
     check_same_device(logits=rows, seed=seed, offset=offset, row_ids=row_ids)
 
-    codes = random_codes(seed, child_nodes(root_nodes(row_ids.flatten()), offset), Stream.SAMPLE)
+    codes = random_codes(seed, child_nodes(root_nodes(row_ids.flatten()), offset), Stream.DRAW)
     if top_k is not None and top_k <= _LISTED:
         tokens, log_probs, flags = _from_best(rows, codes, top_k, top_p, min_p, temperature, bitmask, vocab_size)
     else:

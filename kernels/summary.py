@@ -34,7 +34,7 @@ GROUP_SIZE = 32
 GROUPS = 64
 TILE = GROUP_SIZE * GROUPS
 
-_LOG2E = 1.4426950408889634
+LOG2E = 1.4426950408889634
 _MOST = torch.finfo(torch.float32).max
 _BLOCK_TILES = 512  # 4 MB of float32; measured best of 64 to 1024: larger operations win until the cache is full
 
@@ -62,7 +62,7 @@ def tiles_of(vocab_size: int) -> int:
     return (vocab_size + TILE - 1) // TILE
 
 
-def _evenly_split(numel: int) -> int:
+def evenly_split(numel: int) -> int:
     """The least size >= ``numel`` that torch splits over its threads in whole vectors.
 
     ``exp2`` takes another code path, off by an ulp, for the last few elements of a thread's share, so a share that ends
@@ -88,7 +88,7 @@ class _Pass:
         self.mass = mass
         # also what lies behind a block is exponentiated, and never looked at
         numel = min(_BLOCK_TILES * TILE, out.group_max.numel() * GROUP_SIZE)
-        self.work = out.tile_sum.new_empty(_evenly_split(numel))
+        self.work = out.tile_sum.new_empty(evenly_split(numel))
 
     def strip(self, logits: Tensor, bitmask: Tensor | None, rows: slice, tiles: slice, tokens: slice) -> None:
         """Summarise ``tiles``, which are ``tokens``, of ``rows``: as many rows at a time as make a block."""
@@ -111,9 +111,9 @@ class _Pass:
     def block(self, x: Tensor, allowed: Tensor | None, rows: slice, out: list[Tensor]) -> None:
         """Summarise ``x [n, t, r, 64]`` of ``rows``; ``allowed`` is bool of the same shape."""
         group_max, tile_max, tile_ref, tile_sum, *mass = out
-        scale: Tensor | float = _LOG2E
+        scale: Tensor | float = LOG2E
         if self.temperature is not None:
-            scale = (_LOG2E / self.temperature[rows]).view(-1, 1, 1, 1)
+            scale = (LOG2E / self.temperature[rows]).view(-1, 1, 1, 1)
         candidates = x if allowed is None else x.masked_fill(~allowed, -torch.inf)
         if self.renormalize:
             x = candidates
@@ -137,7 +137,7 @@ class _Pass:
         work = self.work[: x.numel()].view(x.shape)
         torch.sub(x, ref.clamp(-_MOST, _MOST), out=work)  # finite: -inf - -inf would be NaN
         work.mul_(scale)
-        self.work[: _evenly_split(x.numel())].exp2_()
+        self.work[: evenly_split(x.numel())].exp2_()
         return work
 
 
@@ -189,7 +189,7 @@ def _exclude_tokens(
         out.group_max[:, tile, column] = x.amax(-1)
         if out.group_mass.shape[1] > 0:
             weight = x.float() - x.amax(-1, keepdim=True).float().clamp(-_MOST, _MOST)
-            scale = _LOG2E if temperature is None else (_LOG2E / temperature)[:, None]
+            scale = LOG2E if temperature is None else (LOG2E / temperature)[:, None]
             out.group_mass[:, tile, column] = weight.mul_(scale).exp2_().sum(-1)
     for tile in {token // TILE for token in tokens}:
         out.tile_max[:, tile] = out.group_max[:, tile].amax(-1)

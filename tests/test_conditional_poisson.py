@@ -51,6 +51,7 @@ def test_law_of_a_step_with_a_tail(monkeypatch, way):
     vocab, k, batch = 5000, 4, 1500
     monkeypatch.setattr(conditional_poisson, "_DENSE", 8192 if way == "all" else 0)
     monkeypatch.setattr(poisson_tail, "_OF_ALL", 16)
+    monkeypatch.setattr(poisson_tail, "_OF_WIDTH", 1)
     monkeypatch.setattr(poisson_tail, "_OF_TILES", 16)
     logits = -0.7 * torch.arange(1, vocab + 1).float().log()
     logits = logits[torch.randperm(vocab, generator=torch.Generator().manual_seed(1))]
@@ -69,7 +70,7 @@ def test_law_of_a_step_with_a_tail(monkeypatch, way):
     assert chi_square_p(observed, expected) > 1e-4  # the counts of a set vary less than independent ones
     error = (hyps.log_inclusion.double().exp() - pi[tokens]).abs()
     assert float((error / pi[tokens]).max()) < 0.02
-    assert bool((flags == 0).all()) == (float(error.max()) < 1e-4)
+    assert bool((flags == fb.FLAG_INEXACT).any()) or float(error.max()) < 1e-4
 
 
 @pytest.mark.parametrize("way", ["all", "tiles"])
@@ -88,6 +89,7 @@ def test_masks_and_temperature_reach_the_tail(monkeypatch, way):
     vocab, k, batch = 5000, 4, 400
     monkeypatch.setattr(conditional_poisson, "_DENSE", 8192 if way == "all" else 0)
     monkeypatch.setattr(poisson_tail, "_OF_ALL", 16)
+    monkeypatch.setattr(poisson_tail, "_OF_WIDTH", 1)
     monkeypatch.setattr(poisson_tail, "_OF_TILES", 16)
     logits = torch.randn(vocab, generator=torch.Generator().manual_seed(3))
     allowed = torch.rand(vocab, generator=torch.Generator().manual_seed(4)) < 0.3
@@ -129,6 +131,7 @@ def test_tails_of_several_parents_compete(monkeypatch, way):
     vocab, k, batch = 3000, 2, 1500
     monkeypatch.setattr(conditional_poisson, "_DENSE", 8192 if way == "all" else 0)
     monkeypatch.setattr(poisson_tail, "_OF_ALL", 8)
+    monkeypatch.setattr(poisson_tail, "_OF_WIDTH", 1)
     monkeypatch.setattr(poisson_tail, "_OF_TILES", 8)
     first = torch.full((vocab,), -torch.inf)
     first[7], first[9] = math.log(0.7), math.log(0.3)  # both are taken
@@ -166,13 +169,37 @@ def test_beside_a_wider_request(vocab):
     assert torch.equal(alone.log_inclusion[0], beside.log_inclusion[1, :3])
 
 
+@pytest.mark.parametrize(("vocab", "widths"), [(300, (4, 9)), (2000, (4, 9)), (400, (3, 300)), (550, (4, 600))])
+def test_ties_beside_a_wider_request(vocab, widths):
+    # bfloat16 logits tie everywhere, at the end of the list too
+    generator = torch.Generator().manual_seed(vocab)
+    logits = torch.randn(2, vocab, generator=generator).bfloat16()
+    later = torch.randn(5, vocab, generator=generator).bfloat16()
+    few, many = widths
+
+    def run(widths, ids, wide_first=False):
+        search = fb.BeamSearch(widths, 2, None, selection=fb.ConditionalPoisson(1))
+        state = search.init(len(ids), request_ids=ids)
+        first = logits[:1].expand(len(ids), -1)
+        step = search.step(state, first.repeat_interleave(max(widths), 0) if wide_first else first)
+        search.step(state, later[step.tokens.flatten() % 5])
+        hyps = search.finalize(state)
+        return hyps.tokens[-1, :few], hyps.log_inclusion[-1, :few]
+
+    alone, wide, beside = run([few], [5]), run([few], [5], True), run([many, few], [9, 5])
+    for other in (wide, beside):
+        assert torch.equal(alone[0], other[0])
+        assert torch.equal(alone[1], other[1])
+
+
 def test_the_best_are_found_in_parts():
-    for size in (16384, 16390, 9001, 8200, 40001):
+    for size in (16384, 16390, 9001, 8200, 2050, 40001):
         x = torch.randn(4, size, generator=torch.Generator().manual_seed(size))
         x[2, 300:] = -torch.inf
+        x[3] = x[3].round()  # ties: the lower place goes first
         place = poisson_tail._best(x, 512)
-        assert torch.equal(x.gather(1, place).sort().values, x.topk(512).values.sort().values)
-        assert all(len(set(row)) == 512 for row in place[[0, 1, 3]].tolist())
+        expected = x.sort(dim=1, descending=True, stable=True).indices[:, :512]
+        assert torch.equal(place, expected)
 
 
 def test_distinct_draws_are_plackett_luce():
@@ -200,6 +227,7 @@ def test_draws_that_do_not_suffice_leave_places_empty():
 
 def test_an_error_beyond_the_limit_is_flagged(monkeypatch):
     monkeypatch.setattr(poisson_tail, "_OF_ALL", 16)
+    monkeypatch.setattr(poisson_tail, "_OF_WIDTH", 1)
     hyps, flags = one_step(torch.linspace(0, 1, 60), 8, 4)
     assert bool((flags == fb.FLAG_INEXACT).all())
     assert bool(hyps.valid.all())

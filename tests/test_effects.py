@@ -108,7 +108,7 @@ def test_score_over_fixed_widths_is_paired_by_prompt() -> None:
 
 
 def test_program_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(effects_studies, "TEMPERATURES", (0.5,))
+    monkeypatch.setattr(effects_studies, "TEMPERATURES", (0.2,))
     monkeypatch.setattr(effects_studies, "SAMPLES", (4,))
     monkeypatch.setattr(effects_studies, "LENGTHS", (1, 2))
     monkeypatch.setattr(effects_statistics, "RESAMPLES", 20)
@@ -131,3 +131,83 @@ def test_tables_of_the_page_are_those_of_the_numbers(results: dict[str, Any]) ->
     for name, text in tables(results):
         assert f"<!-- table: {name} -->\n{text}\n<!-- end -->" in page, name
     assert (PAGE.parent / "effects.svg").read_text().count("<svg") == 1
+
+
+def of(results: dict[str, Any], rule: str, estimator: str, field: str = "rmse") -> dict[tuple[float, int], list[float]]:
+    """An interval of every temperature and number of samples."""
+    rows = results["entropy"]["rows"]
+    mine = [row for row in rows if (row["rule"], row["estimator"]) == (rule, estimator)]
+    return {(row["temperature"], row["samples"]): row[field] for row in mine}
+
+
+def test_orders_of_the_page_hold_for_samplers(results: dict[str, Any]) -> None:
+    stochastic = of(results, "Stochastic", "normalized", "of_monte_carlo")
+    better = {setting for setting, (_, _, high) in stochastic.items() if high < 1.0}
+    assert better == {(t, k) for t in (0.1, 0.2) for k in (4, 8, 16, 32)} | {(0.5, k) for k in (8, 16, 32)}
+    value, low, high = stochastic[1.0, 4]
+    assert low < (4 / 3) ** 0.5 < high and value > 1.0
+    assert 1 / stochastic[0.2, 32][0] == pytest.approx(13, abs=0.5)
+    assert all(
+        low > 1.0 for (t, _), (_, low, _) in of(results, "Stochastic", "unbiased", "of_monte_carlo").items() if t >= 0.5
+    )
+
+    arithmetic = of(results, "Arithmetic", "mean", "of_monte_carlo")
+    assert [setting for setting, (value, _, _) in arithmetic.items() if value >= 1.0] == [(0.2, 4)]
+    assert arithmetic[0.2, 4][1] < 1.0
+    assert all(0.85 < value < 0.95 for (t, _), (value, _, _) in arithmetic.items() if t == 1.0)
+
+
+def test_orders_of_the_page_hold_for_conditional_poisson_beams(results: dict[str, Any]) -> None:
+    poisson = of(results, "ConditionalPoisson", "normalized", "of_monte_carlo")
+    assert all(high < 1.0 for (t, _), (_, _, high) in poisson.items() if t <= 0.2)
+    assert all(low > 1.0 for (t, k), (_, low, _) in poisson.items() if t >= 0.5 and (t, k) != (0.5, 4))
+    one, other = of(results, "ConditionalPoisson", "normalized"), of(results, "Stochastic", "normalized")
+    apart = {s for s in one if s[0] <= 0.2 and (one[s][2] < other[s][1] or one[s][1] > other[s][2])}
+    assert (
+        apart <= {(0.1, 32), (0.2, 32)} and one[0.1, 32][0] > other[0.1, 32][0] and one[0.2, 32][0] > other[0.2, 32][0]
+    )
+    tails = {(row["rule"], row["estimator"], row["temperature"]): row["rmse"] for row in results["tails"]["rows"]}
+    assert tails["ConditionalPoisson", "normalized", 0.2][2] < tails["Stochastic", "normalized", 0.2][1]
+    assert tails["ConditionalPoisson", "unbiased", 0.2][1] > tails["Stochastic", "unbiased", 0.2][2]
+    assert of(results, "ConditionalPoisson", "normalized", "bias")[0.5, 8][0] == pytest.approx(-0.9, abs=0.05)
+    inexact = {(row["temperature"], row["samples"]): row["inexact"] for row in results["entropy"]["rows"]}
+    assert [inexact[0.5, k] for k in (4, 8, 16)] == [0, 0, 0]
+    totals = {(row["rule"], row["max_length"]): row["mean"] for row in results["weights"]["rows"]}
+    assert totals["ConditionalPoisson", 8][2] < 1.0 < totals["ConditionalPoisson", 3][2]
+    assert all(low < 1.0 < high for (rule, _), (_, low, high) in totals.items() if rule == "Stochastic")
+
+
+def test_orders_of_the_page_hold_for_searches(results: dict[str, Any]) -> None:
+    rows = results["diversity"]["rows"]
+    distinct, mean = ({(r["rule"], r["setting"]): r[key][0] for r in rows} for key in ("distinct", "mean"))
+    assert max(mean, key=mean.__getitem__) == ("TopK", None) == min(distinct, key=distinct.__getitem__)
+    assert f"{distinct['DiverseGroups', 1.0]:.2f} {distinct['Stochastic', 0.2]:.2f}" == "0.39 0.40"
+    assert mean["DiverseGroups", 1.0] == pytest.approx(mean["Stochastic", 0.2], abs=0.01)
+    assert f"{distinct['DiverseGroups', 4.0]:.2f} {distinct['Stochastic', 1.0]:.2f}" == "0.41 0.89"
+    intervals = {(r["rule"], r["setting"]): r["distinct"] for r in rows}
+    assert intervals["Stochastic", 0.2][1] > intervals["Sample", 0.2][2]
+    assert all(intervals["Stochastic", t][1] < intervals["Sample", t][2] for t in (0.6, 0.8, 1.0))
+
+    dynamic = {row["setting"]: row for row in results["width"]["rows"] if row["rule"] == "DynamicWidth"}
+    assert all(row["over_rows_per_step"][2] <= 0.0 or row["over_rows_per_step"][1] < 0.0 for row in dynamic.values())
+    assert [p for p, row in dynamic.items() if row["over_rows_per_step"][2] < 0.0] == [0.5, 0.7]
+    for against in ("over_rows", "over_pool_rows"):
+        assert [p for p, row in dynamic.items() if row[against][1] > 0.0] == [0.7, 0.9, 0.95, 0.99]
+        assert all(row[against][0] < 3.5 for row in dynamic.values())
+
+
+def test_page_says_when_and_how_it_was_measured(results: dict[str, Any]) -> None:
+    about, text = results["about"], " ".join(PAGE.read_text().split())
+    low, high = about["seeds"]
+    versions = about["versions"]
+    python = f"flashbeam {versions['flashbeam']}, torch {versions['torch'].split('+')[0]}, Python {versions['python']}"
+    for expected in (
+        about["date"],
+        f"seeds {low} to {high}",
+        python,
+        f"{about['resamples']} resamples",
+        "about 10 minutes",
+    ):
+        assert expected in text
+    assert about["seconds"] == pytest.approx(600, abs=60)
+    assert re.search(rf"{results['entropy']['runs']} independent runs", text)

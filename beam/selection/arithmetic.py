@@ -29,6 +29,7 @@ class Arithmetic:
     rotate: bool = True
     regimes = ("in_place",)
     reports = ("sampling_log_probs",)
+    weighs = True
     groups = 1
 
     def __post_init__(self) -> None:

@@ -34,7 +34,9 @@ def summarize_drawable(expansion: Expansion, filtered: Tensor | None = None) -> 
     if mask is None or (filtered is None and expansion.normalize == "allowed"):
         return Drawable(drawn.tiles, drawn.lse, drawn.lse, drawn.flags)
     model = summarize(expansion.logits, bitmask=expansion.bitmask, normalize=expansion.normalize, **options)
-    return Drawable(drawn.tiles, drawn.lse, model.lse, model.flags)
+    # a row that the model makes invalid has nothing to draw either
+    lse = drawn.lse.masked_fill(model.lse == torch.inf, torch.inf)
+    return Drawable(drawn.tiles, lse, model.lse, model.flags)
 
 
 def frozen(expansion: Expansion) -> Choice:

@@ -44,6 +44,7 @@ class ConditionalPoisson:
     seed: int
     regimes = ("in_place",)
     reports = ("sampling_log_probs", "log_inclusion")
+    weighs = True
     groups = 1
 
     def __post_init__(self) -> None:

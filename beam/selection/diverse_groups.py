@@ -9,7 +9,7 @@ from flashbeam.kernels import Candidates, total_order
 
 from ..arguments import nonnegative_number, whole_number
 from .protocol import Expansion, Ranked
-from .siblings import Children, children, rank_again
+from .siblings import Children, best_children, rank_again
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,7 @@ class DiverseGroups:
     regimes = ("pool",)
     seed = None
     reports = ()
+    weighs = False
 
     def __post_init__(self) -> None:
         whole_number(1)("groups", self.groups)
@@ -34,7 +35,7 @@ class DiverseGroups:
 
     def select(self, expansion: Expansion, k: int) -> Ranked:
         """See :class:`flashbeam.selection.Selection`."""
-        found = children(expansion, k * self.groups)
+        found = best_children(expansion, k * self.groups)
         width = expansion.limits.width.view(-1, self.groups)
         last = (expansion.limits.max_length == expansion.requests.steps + 1).view(-1, self.groups)
         chosen = found.tokens.new_empty(width.shape[0], 0)

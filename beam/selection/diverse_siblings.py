@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..arguments import nonnegative_number
 from .protocol import Expansion, Ranked
-from .siblings import Children, children, rank_again
+from .siblings import Children, best_children, rank_again
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,7 @@ class DiverseSiblings:
     regimes = ("pool", "in_place")
     seed = None
     reports = ()
+    weighs = False
     groups = 1
 
     def __post_init__(self) -> None:
@@ -30,7 +31,7 @@ class DiverseSiblings:
 
     def select(self, expansion: Expansion, k: int) -> Ranked:
         """See :class:`flashbeam.selection.Selection`."""
-        found = children(expansion, k)
+        found = best_children(expansion, k)
         if expansion.first:
             return Ranked(rank_again(found, found.scores, k, expansion.divisor))
         ranks, end_ranks = _sibling_ranks(found)

@@ -11,6 +11,8 @@ from ..arguments import probability
 from .choosing import frozen, take
 from .protocol import Decided, Expansion
 
+_NEARLY = 1 - 1e-6  # shares are sums of rounded numbers
+
 
 @dataclass(frozen=True)
 class DynamicWidth:
@@ -18,13 +20,15 @@ class DynamicWidth:
 
     Shaham, Levy 2022, "What do you get when you cross beam search with nucleus sampling?", dynamic beam search. The
     share is of all allowed candidates of the step, finished hypotheses included; candidates go by rank, and the one
-    that crosses ``p`` is kept. Few beams are read where the model is sure; ``p = 1`` is ``TopK`` in place.
+    that crosses ``p`` is kept, where shares within 1e-6 of ``p`` count as ``p``. Few beams are read where the model is
+    sure; ``p = 1`` is ``TopK`` in place.
     """
 
     p: float
     regimes = ("in_place",)
     seed = None
     reports = ()
+    weighs = True
     groups = 1
 
     def __post_init__(self) -> None:
@@ -63,41 +67,38 @@ class DynamicWidth:
             keys.append((ends.log_probs / norm, ends.parents, ends.adjusted, ends.tokens))
         choice = take(tuple(rivals), total_order(*keys)[:, :k])
         if self.p < 1.0:  # else rounding could leave out the last
-            share = (choice.log_probs.double() - self._log_mass(expansion, best.lse, old, ends)[:, None]).exp()
-            cut = share.cumsum(1) - share >= self.p
+            share = (choice.log_probs.double() - self._log_mass(expansion, best.lse, old)[:, None]).exp()
+            cut = share.cumsum(1) - share >= self.p * _NEARLY
             cut[:, 0] = False
             choice = choice._replace(log_probs=choice.log_probs.masked_fill(cut, -torch.inf))
         return Decided(choice, best.flags)
 
     @staticmethod
-    def _endings(expansion: Expansion, lse: Tensor, may_end: Tensor | None = None) -> Endings:
+    def _endings(expansion: Expansion, lse: Tensor) -> Endings:
         assert expansion.eos is not None
-        if may_end is None:
-            may_end = expansion.limits.min_length <= expansion.requests.steps + 1
+        may_end = expansion.limits.min_length <= expansion.requests.steps + 1
         rows = (expansion.logits, lse, expansion.bitmask, expansion.temperature)
         return endings(*rows, expansion.eos, expansion.slots, may_end, None)
 
-    def _log_mass(self, expansion: Expansion, lse: Tensor, old: Choice, ends: Endings | None) -> Tensor:
+    @staticmethod
+    def _log_mass(expansion: Expansion, lse: Tensor, old: Choice) -> Tensor:
         """float64 ``[B]``: log of the mass of all allowed candidates."""
         parents = expansion.parents
         base = expansion.slots.log_probs[:, :parents].double()
         mass = base.masked_fill(~expansion.slots.active[:, :parents] | ~lse.view_as(base).isfinite(), -torch.inf)
-        if expansion.bitmask is not None and expansion.normalize == "vocab":
+        if expansion.allowed is not None and expansion.normalize == "vocab":
             allowed = summarize(
                 expansion.logits,
-                bitmask=expansion.bitmask,
+                bitmask=expansion.allowed,
                 temperature=expansion.temperature,
                 active=expansion.active,
                 normalize="allowed",
                 vocab_size=expansion.vocab_size,
             )
             mass = torch.where(mass > -torch.inf, mass + (allowed.lse - lse).view_as(mass), mass)
-        total = torch.cat([mass, old.log_probs.double()], 1).logsumexp(1)
-        if ends is None:
-            return total
-        banned = expansion.limits.min_length > expansion.requests.steps + 1
-        lost = self._endings(expansion, lse, banned).log_probs.double()
-        return total + torch.log1p(-(lost - total[:, None]).exp().sum(1).clamp(max=1.0))
+        both = torch.cat([mass, old.log_probs.double()], 1)
+        top = both.amax(1, keepdim=True).clamp(min=-1e30)
+        return (both - top).exp().cumsum(1)[:, -1].log() + top[:, 0]  # term by term: empty slots change no bit
 
 
 def _choice(tokens: Tensor, parents: Tensor, increments: Tensor, log_probs: Tensor) -> Choice:

@@ -9,8 +9,10 @@ from flashbeam.kernels import (
     Stream,
     draw_children,
     draw_distinct,
+    exp,
     gumbel,
     mark_bits,
+    pack_key,
     random_bits,
     summarize,
     token_log_prob,
@@ -22,12 +24,12 @@ from flashbeam.kernels import (
 from .choosing import Drawable
 from .protocol import Expansion
 
-_LOG2E = 1.4426950408889634
 DRAWS = 4  # from the tail, for each item that may be needed
 _PART = 8
-# how many are listed depends on V alone: a request is treated alike beside wider ones
-_OF_ALL = 256  # where all are looked at
-_OF_TILES = 1024  # where tiles are
+# how many are listed: as V says, and for each beam
+_OF_ALL = 256
+_OF_TILES = 1024
+_OF_WIDTH = 32
 
 
 class Rivals(NamedTuple):
@@ -51,7 +53,7 @@ class Tail(NamedTuple):
 
 
 def split_all(expansion: Expansion, drawable: Drawable, k: int, words: Tensor) -> tuple[Rivals, Tail | None]:
-    """Every candidate is looked at; more than 256 of a request have a tail."""
+    """Every candidate is looked at; those behind the best have a tail."""
     parents, size = expansion.parents, expansion.vocab_size
     logits = expansion.logits[:, :size]
     # log q = log q of the prefix + x - lse, in one operation; +inf where there is nothing to draw
@@ -65,45 +67,54 @@ def split_all(expansion: Expansion, drawable: Drawable, k: int, words: Tensor) -
     log_probs = log_probs.view(-1, parents * size)
     first_row = torch.arange(0, logits.shape[0], parents, device=logits.device)[:, None]
 
-    def at(place: Tensor, none: Tensor | None = None) -> Rivals:
-        """The candidates at ``place [B, n]``, as exact as they are reported."""
+    def at(place: Tensor, none: Tensor) -> Rivals:
+        """The candidates at ``place [B, n]``, as exact as they are reported, but for ``none``."""
         parent, token = place // size, place % size
-        log_prob = log_probs.gather(1, place)
-        if none is not None:
-            log_prob = log_prob.masked_fill(none, -torch.inf)
+        log_prob = log_probs.gather(1, place).masked_fill_(none, -torch.inf)
         adjusted = logits[first_row + parent, token].float()
         if expansion.temperature is not None:
             adjusted = adjusted / expansion.temperature[first_row + parent]
         return Rivals(parent, token, adjusted.masked_fill(log_prob == -torch.inf, -torch.inf), log_prob)
 
+    count = min(max(_OF_ALL, _OF_WIDTH * k), parents * size)
+    place = _best(log_probs, count)
+    beyond = _beyond(expansion, count, _OF_ALL)
+    best = at(place, beyond)
     if parents * size <= _OF_ALL:
-        return at(torch.arange(parents * size, device=logits.device).expand_as(log_probs)), None
-    place = _best(log_probs, max(_OF_ALL, k))
-    best = at(place)
-    odds = log_probs.scatter(1, place, -torch.inf).mul_(_LOG2E).exp2_()  # several times faster than exp on some CPUs
+        return best, None
+    rest = log_probs.scatter(1, place, log_probs.gather(1, place).masked_fill_(~beyond, -torch.inf))
+    odds = exp(rest)
     odds.div_(1 - odds)  # what is left is at most 1/2
     drawn, total = draw_distinct(odds, uniforms(words), k, DRAWS * expansion.limits.width.long())
-    rest = at(drawn.clamp(min=0), drawn < 0)
     more = (odds > 0).sum(1) > (drawn >= 0).sum(1)
     greatest, squares = odds.amax(1).log(), odds.square_().sum(1).log()
-    return best, Tail(total.log().float(), squares, greatest, torch.zeros_like(squares), more, rest)
+    tail = at(drawn.clamp(min=0), drawn < 0)
+    return best, Tail(total.log().float(), squares, greatest, torch.zeros_like(squares), more, tail)
+
+
+def _beyond(expansion: Expansion, count: int, least: int) -> Tensor:
+    """bool ``[B, count]``: ranks behind those that a request lists: its own width decides, not its neighbours'."""
+    width = expansion.limits.width.long()
+    return torch.arange(count, device=width.device) >= (_OF_WIDTH * width).clamp(min=least)[:, None]
 
 
 def _best(log_probs: Tensor, count: int) -> Tensor:
-    """Places of the ``count`` best ``[B, n]``, in any order: they are in the ``count`` parts with the best maxima."""
-    batch, size = log_probs.shape
-    parts = size // _PART
-    if parts <= 2 * count:
-        return log_probs.topk(count, sorted=False).indices
-    # part i is i, i + parts, i + 2 * parts, ..; what is left over at the end are parts of their own
-    whole, over = log_probs[:, : parts * _PART], log_probs[:, parts * _PART :]
-    top = torch.cat([whole.view(batch, _PART, parts).amax(1), over], 1).topk(count, sorted=False).indices
-    members = top[:, None] + parts * torch.arange(_PART, device=top.device)[:, None]  # [B, 8, count]
-    single = (top >= parts)[:, None]
-    members = torch.where(single, (top + parts * (_PART - 1))[:, None], members).flatten(1)
-    found = log_probs.gather(1, members).view(batch, _PART, count)
-    found[:, 1:].masked_fill_(single, -torch.inf)  # once is enough
-    return members.gather(1, found.flatten(1).topk(count, sorted=False).indices)
+    """Places ``[B, count]`` of the best by (value, place): they are in the ``count`` parts with the best maxima."""
+    size = log_probs.shape[1]
+    place = torch.arange(size, device=log_probs.device)
+    maxima = torch.nn.functional.max_pool1d(log_probs, _PART, ceil_mode=True)
+    if maxima.shape[1] <= count:
+        return pack_key(log_probs, place).topk(count).indices
+    top = pack_key(maxima, place[: maxima.shape[1]]).topk(count, sorted=False).indices
+    members = (top[:, :, None] * _PART + place[:_PART]).flatten(1)
+    values = log_probs.gather(1, members.clamp(max=size - 1)).masked_fill_(members >= size, -torch.inf)
+    return members.gather(1, pack_key(values, members).topk(count).indices)
+
+
+def _log_sum(x: Tensor) -> Tensor:
+    """float64 ``[B]``: log-sum-exp of ``[B, n]``, term by term: parents of -inf change no bit."""
+    top = x.amax(1, keepdim=True).clamp(min=torch.finfo(torch.float32).min).double()
+    return (x.double() - top).exp_().cumsum(1)[:, -1].log_() + top[:, 0]
 
 
 def split_by_tiles(expansion: Expansion, drawable: Drawable, k: int, words: Tensor) -> tuple[Rivals, Tail | None]:
@@ -113,20 +124,25 @@ def split_by_tiles(expansion: Expansion, drawable: Drawable, k: int, words: Tens
     tail is drawn by the prefixes' own numbers.
     """
     draws, slots, parents = expansion.draws, expansion.slots, expansion.parents
-    base = draws.sampling_log_probs[:, :parents].masked_fill(~slots.active[:, :parents], -torch.inf)
+    open_rows = slots.active[:, :parents] & drawable.lse.isfinite().view(-1, parents)
+    base = draws.sampling_log_probs[:, :parents].masked_fill(~open_rows, -torch.inf)
     options = {"active": expansion.active, "vocab_size": expansion.vocab_size}
+    count = min(max(_OF_TILES, _OF_WIDTH * k), parents * expansion.vocab_size)
     best = top_candidates(
         expansion.logits,
         base,
-        max(_OF_TILES, k),
+        count,
         bitmask=expansion.bitmask,
         temperature=expansion.temperature,
         normalize="allowed",
         **options,
     )
-    listed = Rivals(best.parents, best.tokens, best.adjusted, best.log_probs)
+    log_probs = best.log_probs.masked_fill(_beyond(expansion, count, _OF_TILES), -torch.inf)
+    listed = Rivals(
+        best.parents, best.tokens, best.adjusted.masked_fill(log_probs == -torch.inf, -torch.inf), log_probs
+    )
     row = torch.arange(0, expansion.logits.shape[0], parents, device=base.device)[:, None] + best.parents
-    taken = mark_bits(row, best.tokens, best.log_probs > -torch.inf, expansion.logits.shape[0], expansion.vocab_size)
+    taken = mark_bits(row, best.tokens, log_probs > -torch.inf, expansion.logits.shape[0], expansion.vocab_size)
     rest = ~taken if expansion.bitmask is None else expansion.bitmask & ~taken
     summary = summarize(
         expansion.logits, bitmask=rest, temperature=expansion.temperature, normalize="allowed", **options
@@ -148,19 +164,24 @@ def split_by_tiles(expansion: Expansion, drawable: Drawable, k: int, words: Tens
         vocab_size=expansion.vocab_size,
     )
     increments = token_log_prob(drawn.adjusted, drawable.lse.view_as(base).gather(1, drawn.parents))
-    log_probs = (base.gather(1, drawn.parents) + increments).masked_fill(drawn.perturbed == -torch.inf, -torch.inf)
+    tail_log_probs = base.gather(1, drawn.parents) + increments
+    tail = Rivals(
+        drawn.parents,
+        drawn.tokens,
+        drawn.adjusted,
+        tail_log_probs.masked_fill(drawn.perturbed == -torch.inf, -torch.inf),
+    )
 
     # sum p^2: the same pass at half the temperature
     temperature = torch.ones_like(drawable.lse) if expansion.temperature is None else expansion.temperature
     doubled = summarize(expansion.logits, bitmask=rest, temperature=temperature / 2, normalize="allowed", **options).lse
-    squares = 2 * base + token_log_prob(doubled, 2 * drawable.lse).view_as(base)
-    total, squares = mass.logsumexp(1), squares.logsumexp(1)
+    squares = _log_sum(2 * base + token_log_prob(doubled, 2 * drawable.lse).view_as(base))
+    total = (_log_sum(mass).exp() + squares.exp()).log()
     # odds are p + p^2 + ..: what is left out, here and in drawing by p, is at most max p / (1 - max p) of it
-    greatest = best.log_probs[:, -1].exp().clamp(max=0.5)
-    total = torch.logaddexp(total, squares)
-    error = greatest / (1 - greatest) * (1 + k * (squares - 2 * total).exp() + (squares - total).exp()).nan_to_num(0.0)
+    greatest = log_probs.masked_fill(log_probs == -torch.inf, 0.0).amin(1).double().exp().clamp(max=0.5)
+    width = expansion.limits.width
+    error = greatest / (1 - greatest) * (1 + width * (squares - 2 * total).exp() + (squares - total).exp())
     log_max = greatest.log() - torch.log1p(-greatest)
     more = torch.ones_like(expansion.requests.done)  # of so many there may always be
-    return listed, Tail(
-        total, squares, log_max, error, more, Rivals(drawn.parents, drawn.tokens, drawn.adjusted, log_probs)
-    )
+    numbers = (x.float() for x in (total, squares, log_max, error.nan_to_num(0.0)))
+    return listed, Tail(*numbers, more, tail)

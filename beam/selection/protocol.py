@@ -13,6 +13,7 @@ class Expansion(NamedTuple):
     logits: Tensor  # [R, V] float32, float16 or bfloat16
     active: Tensor  # bool [R], rows that are read
     bitmask: Tensor | None  # int32 [R, ceil(V / 32)], set bits are allowed
+    allowed: Tensor | None  # the same with EOS barred where min_length bars it; only for rules that weigh
     temperature: Tensor | None  # float32 [R]
     eos: Tensor | None  # int64 [n]
     divisor: Tensor | None  # float32 [B], candidates rank by scores / divisor
@@ -55,6 +56,7 @@ class Selection(Protocol):
     regimes: tuple[str, ...]  # regimes for finished hypotheses it is correct in; the first is the default
     seed: int | None  # of a rule that samples: it draws from what is allowed, and does not rank by length
     reports: tuple[str, ...]  # fields it adds to Hypotheses, of those that are None by default
+    weighs: bool  # asks for the mass of what is allowed
     groups: int  # parts of a beam that rank, finish and stop on their own; each is a request to ``select``
 
     def select(self, expansion: Expansion, k: int) -> Ranked | Decided:

@@ -28,6 +28,7 @@ class Sample:
     min_p: float | None = None
     regimes = ("in_place",)
     reports = ("sampling_log_probs",)
+    weighs = True
     groups = 1
 
     def __post_init__(self) -> None:

@@ -22,7 +22,7 @@ class Children(NamedTuple):
     ends: Endings | None  # [B, P * n_eos]
 
 
-def children(expansion: Expansion, count: int) -> Children:
+def best_children(expansion: Expansion, count: int) -> Children:
     """The ``count`` best children of each parent, from one pass over the logits."""
     parents = expansion.parents
     slots, rows = expansion.slots, expansion.logits.shape[0]

@@ -28,6 +28,7 @@ class Stochastic:
     seed: int
     regimes = ("in_place",)
     reports = ("sampling_log_probs", "log_inclusion", "perturbed", "threshold")
+    weighs = True
     groups = 1
 
     def __post_init__(self) -> None:

@@ -14,6 +14,7 @@ class TopK:
     regimes = ("pool", "in_place")
     seed = None
     reports = ()
+    weighs = False
     groups = 1
 
     def select(self, expansion: Expansion, k: int) -> Ranked:
