@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -65,6 +66,8 @@ def as_request_ids(given: Tensor | Sequence[int] | None, batch_size: int, device
     """int64 ``[B]`` on the device."""
     if given is None:
         return torch.arange(batch_size, device=device)
+    if isinstance(given, str) or not isinstance(given, (Tensor, Sequence, np.ndarray)):
+        raise TypeError(f"request_ids: expected an int64 tensor or a list of ints, got {type(given).__name__}")
     if not isinstance(given, Tensor):
         given = torch.as_tensor(given)
     if given.dtype != torch.int64:

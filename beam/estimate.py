@@ -27,8 +27,11 @@ def weights(hyps: Hypotheses, normalized: bool = True) -> Tensor:
         float64 ``[B, N]``; 0 where not valid.
 
     Raises:
+        TypeError: ``hyps`` is something else.
         ValueError: the hypotheses are no sample, or not all of it, or a Stochastic one of less than 2.
     """
+    if not isinstance(hyps, Hypotheses):
+        raise TypeError(f"hyps: expected Hypotheses, got {type(hyps).__name__}")
     if hyps.sampling_log_probs is None:
         raise ValueError("hyps: expected a sample, such as fb.Stochastic draws, got hypotheses of a search")
     count = hyps.valid.shape[1]
@@ -66,6 +69,8 @@ def estimate(hyps: Hypotheses, values: Tensor, normalized: bool = True) -> Tenso
     Raises:
         TypeError, ValueError: ``values`` has another shape, or see :func:`weights`.
     """
+    if not isinstance(hyps, Hypotheses):
+        raise TypeError(f"hyps: expected Hypotheses, got {type(hyps).__name__}")
     if not isinstance(values, Tensor):
         raise TypeError(f"values: expected a tensor, got {type(values).__name__}")
     if values.shape != hyps.valid.shape:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from flashbeam.kernels import Stream, child_nodes, random_bits, root_nodes
 
-from .arguments import finite_number, token_ids, whole_number
+from .arguments import finite_number, seed_number, token_ids, whole_number
 from .checks import as_request_ids
 
 _ONE = 1 << 32  # random words are below it
@@ -88,7 +88,7 @@ def noise(
     Args:
         tokens: ``[B, T]`` int64, or ``[B, N, T]`` as ``hyps.tokens``, where each of a request's N sequences draws its
             own numbers and the first draws those of ``[B, T]``. Padded on the right. Not modified.
-        seed: int in [0, 2^63), or int64 ``[1]`` on the tokens' device.
+        seed: int of 64 bits, or int64 ``[1]`` on the tokens' device.
         delete: probability of a word to be deleted; rounded to a multiple of 2^-32, as ``blank`` is.
         blank: probability of a word that is not deleted to be blanked.
         shuffle: how many places a word may move, in [0, 2^30); 0 keeps the order.
@@ -121,7 +121,7 @@ def noise(
         _check_tensor("seed", seed, torch.int64, device)
         _check_shape("seed", seed, [1])
     else:
-        seed = torch.full((1,), _below("seed", seed, 1 << 63), device=device)
+        seed = torch.full((1,), seed_number("seed", seed), device=device)
     delete_below, blank_below = _threshold("delete", delete), _threshold("blank", blank)
     places = _below("shuffle", shuffle, _FARTHEST)
     if blank_id is not None:

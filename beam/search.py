@@ -81,7 +81,7 @@ class BeamSearch:
         self.eos_ids = token_ids("eos_id", eos_id)
         self.pad_id = whole_number(0)("pad_id", pad_id)
         self.vocab_size = None if vocab_size is None else whole_number(1)("vocab_size", vocab_size)
-        self.selection = TopK() if selection is None else selection
+        self.selection: Selection = TopK() if selection is None else selection
         if not isinstance(self.selection, Selection) or isinstance(self.selection, type):
             raise TypeError(f"selection: expected a selection such as fb.TopK(), got {selection!r}")
         self.stopping = FirstFinished() if stopping is None else stopping
@@ -177,15 +177,17 @@ class BeamSearch:
             ValueError, TypeError: ``<argument>: expected X, got Y``.
         """
         rows, vocab_size = as_rows(state, logits, self.vocab_size, self.eos_ids)
-        mask = None if bitmask is None else as_bitmask(state, bitmask, rows.shape[0], vocab_size)
+        mask: Tensor | None = None
+        if bitmask is not None:
+            mask = as_bitmask(state, bitmask, rows.shape[0], vocab_size)
         first, given = state.vocab_size is None, rows.shape[0] // state.batch_size
         constraint_state, without_eos = self._begun(state, vocab_size)
         if self.constraint is not None:
-            allowed = self.constraint.bitmask(constraint_state)
-            allowed = as_bitmask(state, allowed, state.batch_size * state.beam_size, vocab_size, "constraint's bitmask")
+            ours = self.constraint.bitmask(constraint_state)
+            ours = as_bitmask(state, ours, state.batch_size * state.beam_size, vocab_size, "constraint's bitmask")
             if given != state.beam_size:
-                allowed = allowed.unflatten(0, (state.batch_size, -1))[:, 0]
-            mask = allowed if mask is None else allowed & mask
+                ours = ours.unflatten(0, (state.batch_size, -1))[:, 0]
+            mask = ours if mask is None else ours & mask
         if first and state.groups > 1:  # every group starts from the request's one row
             rows = rows[::given].repeat_interleave(state.groups, 0)
             mask = None if mask is None else mask[::given].repeat_interleave(state.groups, 0)
@@ -224,20 +226,41 @@ class BeamSearch:
 
     def _advance(self, state: State, expansion: Expansion, selected: Ranked | Decided) -> Moves:
         """Carry out what was selected."""
-        ids = {"eos": state.eos, "pad_id": self.pad_id}
         if isinstance(selected, Decided):
-            kept = (state.slots, state.draws, state.requests, state.history)
-            return advance_chosen_(selected.choice, selected.flags, *kept, state.limits, **ids)
+            return advance_chosen_(
+                selected.choice,
+                selected.flags,
+                state.slots,
+                state.draws,
+                state.requests,
+                state.history,
+                state.limits,
+                eos=state.eos,
+                pad_id=self.pad_id,
+            )
         common = (expansion.logits, selected.candidates, state.slots, state.requests, state.history)
-        options = {
-            "bitmask": expansion.bitmask,
-            "temperature": expansion.temperature,
-            "end_penalty": selected.end_penalty,
-        }
         if state.in_place:
-            return advance_in_place_(*common, state.limits, **ids, **options)
-        by_arrival, exact = self.stopping.by_arrival, self.stopping.exact
-        return advance_pool_(*common, state.pool, state.limits, by_arrival=by_arrival, exact=exact, **ids, **options)
+            return advance_in_place_(
+                *common,
+                state.limits,
+                eos=state.eos,
+                pad_id=self.pad_id,
+                bitmask=expansion.bitmask,
+                temperature=expansion.temperature,
+                end_penalty=selected.end_penalty,
+            )
+        return advance_pool_(
+            *common,
+            state.pool,
+            state.limits,
+            eos=state.eos,
+            pad_id=self.pad_id,
+            by_arrival=self.stopping.by_arrival,
+            exact=self.stopping.exact,
+            bitmask=expansion.bitmask,
+            temperature=expansion.temperature,
+            end_penalty=selected.end_penalty,
+        )
 
     @staticmethod
     def _step_of_groups(state: State, moves: Moves, given: int | None) -> Step:

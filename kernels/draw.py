@@ -25,11 +25,11 @@ import torch
 from torch import Tensor
 
 from .bitmask import bits_at
-from .checks import contiguous
+from .checks import check_dtype, check_range, check_rows, check_same_device, check_shape, contiguous
 from .keys import adjust, pack_key, token_log_prob
 from .random import Stream, gumbel, random_bits
 from .registration import register
-from .summary import GROUP_SIZE, GROUPS, TILE
+from .summary import GROUP_SIZE, GROUPS, TILE, tiles_of
 
 
 class Drawn(NamedTuple):
@@ -196,7 +196,28 @@ def draw_children(
 
     Returns:
         :class:`Drawn`.
+
+    Raises:
+        ValueError, TypeError: ``<argument>: expected X, got Y``.
     """
-    size = logits.shape[1] if vocab_size is None else vocab_size
+    size = check_rows(logits, vocab_size, bitmask, temperature)
+    check_range("k", k, 1)
+    for name, field, dtype in (
+        ("log_probs", log_probs, torch.float32),
+        ("perturbed", perturbed, torch.float32),
+        ("nodes", nodes, torch.int64),
+    ):
+        check_dtype(name, field, dtype)
+        check_shape(name, field, "[B, P]", None, None)
+        if field.shape != log_probs.shape or field.numel() != logits.shape[0]:
+            raise ValueError(f"{name}: expected one per row of logits, {logits.shape[0]}, got {list(field.shape)}")
+    check_dtype("tile_sum", tile_sum, torch.float32)
+    check_shape("tile_sum", tile_sum, "[R, N]", logits.shape[0], tiles_of(size))
+    check_shape("tile_ref", tile_ref, "[R, N]", logits.shape[0], tiles_of(size))
+    check_dtype("lse", lse, torch.float32)
+    check_shape("lse", lse, "[R]", logits.shape[0])
+    check_dtype("seed", seed, torch.int64)
+    check_shape("seed", seed, "[1]", 1)
+    check_same_device(logits=logits, log_probs=log_probs, perturbed=perturbed, nodes=nodes, lse=lse, seed=seed)
     fields = (log_probs.contiguous(), perturbed.contiguous(), nodes.contiguous(), tile_ref, tile_sum, lse)
-    return Drawn(*_op(logits, *fields, size, k, bitmask, contiguous(temperature), seed))
+    return Drawn(*_op(logits.detach(), *fields, size, k, bitmask, contiguous(temperature), seed))

@@ -25,10 +25,10 @@ import torch
 from torch import Tensor
 
 from .bitmask import bits_at
-from .checks import contiguous
+from .checks import check_dtype, check_rows, check_same_device, check_shape, contiguous
 from .keys import adjust
 from .registration import register
-from .summary import GROUP_SIZE, GROUPS, TILE
+from .summary import GROUP_SIZE, GROUPS, TILE, tiles_of
 
 LOWEST = -87.0  # exponents whose exponential is a normal float32 on every device
 _ONE = 2.0**32
@@ -200,9 +200,19 @@ def invert_cdf(
 
     Returns:
         :class:`Inverted`.
+
+    Raises:
+        ValueError, TypeError: ``<argument>: expected X, got Y``.
     """
-    size = logits.shape[1] if vocab_size is None else vocab_size
-    temperature = contiguous(temperature)
+    size = check_rows(logits, vocab_size, bitmask, temperature)
+    check_dtype("tile_sum", tile_sum, torch.float32)
+    for name, tiles in (("tile_ref", tile_ref), ("tile_sum", tile_sum)):
+        check_shape(name, tiles, "[R, N]", logits.shape[0], tiles_of(size))
+    for name, numbers in (("rows", rows), ("codes", codes)):
+        check_dtype(name, numbers, torch.int64)
+        check_shape(name, numbers, "[M]", rows.shape[0] if rows.dim() else None)
+    check_same_device(logits=logits, tile_ref=tile_ref, tile_sum=tile_sum, rows=rows, codes=codes)
+    logits, temperature = logits.detach(), contiguous(temperature)
     tokens, codes = invert_cdf_op(
         logits, tile_ref, tile_sum, rows.contiguous(), codes.contiguous(), size, bitmask, temperature
     )

@@ -147,8 +147,8 @@ def _tables(weights: _Weights, sizes: Tensor, log_tail: Tensor) -> tuple[_Tables
         torch.cumsum(table, 2, out=table)
         most = table[..., -1]
         scales.append(scale)
-    scale = torch.stack(scales, 1).unbind(0)
-    return _Tables(values[:, 0], scale[0]), _Tables(values[:, 1], scale[1])
+    all_scales = torch.stack(scales, 1)
+    return _Tables(values[:, 0], all_scales[0]), _Tables(values[:, 1], all_scales[1])
 
 
 def _clashes(m: Tensor, squares: Tensor, cubes: Tensor) -> tuple[Tensor, Tensor]:
@@ -318,8 +318,15 @@ def conditional_poisson(
         in_tail = rank >= taken
         pi = torch.where(in_tail, share * (law * m).sum(0).view(batch, k), pi)
         relative = torch.zeros_like(squares) if tail_error is None else tail_error.double().masked_fill(~has_tail, 0.0)
-        of_places = (x.repeat_interleave(k) for x in (torch.minimum(sizes, reach), squares, cubes))
-        facts = _Tail(law, m, *of_places, share.flatten(), relative.repeat_interleave(k))
+        facts = _Tail(
+            law,
+            m,
+            most=torch.minimum(sizes, reach).repeat_interleave(k),
+            squares=squares.repeat_interleave(k),
+            cubes=cubes.repeat_interleave(k),
+            share=share.flatten(),
+            error=relative.repeat_interleave(k),
+        )
         error = _error(pi.flatten(), in_tail.flatten(), facts).nan_to_num(0.0).view(batch, k)
         if tail_more is not None:  # the chance that the set would have had more of them
             beyond = torch.where((count > reach) & tail_more, unlimited + listed_scale - whole, -torch.inf).exp()

@@ -11,20 +11,19 @@ import numpy as np
 import pytest
 import torch
 
-EXAMPLES = Path(__file__).parents[1] / "docs" / "examples"
-sys.path.insert(0, str(EXAMPLES))
+sys.path.insert(0, str(Path(__file__).parents[1] / "docs" / "examples"))
 
 import effects
 import effects_statistics
 import effects_studies
 import flashbeam as fb
-from codelm import EOS_ID, CodeLM, load
+from codelm import EOS_ID, WEIGHTS, CodeLM, load
 from demo import PROMPTS, complete
 from effects_search import log_probs, run
 from effects_statistics import distinct_ngrams, interval, mean_and_interval, over_fixed, rmse
 from effects_tables import tables
 
-PAGE = EXAMPLES.parent / "algorithms" / "effects.md"
+PAGE = WEIGHTS.parents[1] / "algorithms" / "effects.md"
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +115,7 @@ def test_program_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     monkeypatch.setattr(sys, "argv", ["effects.py", *arguments])
     effects.main()
     made = json.loads((tmp_path / "effects.json").read_text())
-    assert set(made) == {"entropy", "weights", "diversity", "width", "about"}
+    assert set(made) == {"entropy", "weights", "diversity", "width", "tails", "about"}
     printed = capsys.readouterr().out
     for _, text in tables(made):
         assert text in printed

@@ -1,6 +1,6 @@
 """What rules that decide for themselves share: the distribution they draw from, and the frozen hypotheses."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ def summarize_drawable(expansion: Expansion, filtered: Tensor | None = None) -> 
 
     ``filtered`` is a bitmask of what may be drawn, where that is less than the step's own allows.
     """
-    options = {
+    options: dict[str, Any] = {
         "temperature": expansion.temperature,
         "active": expansion.active,
         "vocab_size": expansion.vocab_size,

@@ -60,8 +60,13 @@ def _interleave(fields: tuple[Tensor, ...]) -> Tensor:
 
 def _of_group(found: Children, group: int, groups: int) -> Children:
     ends = found.ends if found.ends is None else type(found.ends)(*(field[group::groups] for field in found.ends))
-    rows = (field[group::groups] for field in found[:4])
-    return Children(*rows, lse=found.lse, flags=found.flags, ends=ends)
+    return found._replace(
+        log_probs=found.log_probs[group::groups],
+        scores=found.scores[group::groups],
+        tokens=found.tokens[group::groups],
+        adjusted=found.adjusted[group::groups],
+        ends=ends,
+    )
 
 
 def _count(chosen: Tensor, tokens: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """The candidates of a step for conditional Poisson sampling: the best one by one, the others as a tail."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -126,7 +126,7 @@ def split_by_tiles(expansion: Expansion, drawable: Drawable, k: int, words: Tens
     draws, slots, parents = expansion.draws, expansion.slots, expansion.parents
     open_rows = slots.active[:, :parents] & drawable.lse.isfinite().view(-1, parents)
     base = draws.sampling_log_probs[:, :parents].masked_fill(~open_rows, -torch.inf)
-    options = {"active": expansion.active, "vocab_size": expansion.vocab_size}
+    options: dict[str, Any] = {"active": expansion.active, "vocab_size": expansion.vocab_size}
     count = min(max(_OF_TILES, _OF_WIDTH * k), parents * expansion.vocab_size)
     best = top_candidates(
         expansion.logits,
@@ -183,5 +183,5 @@ def split_by_tiles(expansion: Expansion, drawable: Drawable, k: int, words: Tens
     error = greatest / (1 - greatest) * (1 + width * (squares - 2 * total).exp() + (squares - total).exp())
     log_max = greatest.log() - torch.log1p(-greatest)
     more = torch.ones_like(expansion.requests.done)  # of so many there may always be
-    numbers = (x.float() for x in (total, squares, log_max, error.nan_to_num(0.0)))
-    return listed, Tail(*numbers, more, tail)
+    error = error.nan_to_num(0.0)
+    return listed, Tail(total.float(), squares.float(), log_max.float(), error.float(), more, tail)

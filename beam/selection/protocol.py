@@ -51,13 +51,32 @@ class Decided(NamedTuple):
 
 @runtime_checkable
 class Selection(Protocol):
-    """A rule that picks ``k`` candidates per request."""
+    """A rule that picks ``k`` candidates per request. Plain class attributes will do for the properties."""
 
-    regimes: tuple[str, ...]  # regimes for finished hypotheses it is correct in; the first is the default
-    seed: int | None  # of a rule that samples: it draws from what is allowed, and does not rank by length
-    reports: tuple[str, ...]  # fields it adds to Hypotheses, of those that are None by default
-    weighs: bool  # asks for the mass of what is allowed
-    groups: int  # parts of a beam that rank, finish and stop on their own; each is a request to ``select``
+    @property
+    def regimes(self) -> tuple[str, ...]:
+        """Regimes for finished hypotheses it is correct in; the first is the default."""
+        ...
+
+    @property
+    def seed(self) -> int | None:
+        """Of a rule that samples: it draws from what is allowed, and does not rank by length."""
+        ...
+
+    @property
+    def reports(self) -> tuple[str, ...]:
+        """Fields it adds to ``Hypotheses``, of those that are ``None`` by default."""
+        ...
+
+    @property
+    def weighs(self) -> bool:
+        """Whether it asks for the mass of what is allowed: ``Expansion.allowed``."""
+        ...
+
+    @property
+    def groups(self) -> int:
+        """Parts of a beam that rank, finish and stop on their own; each is a request to ``select``."""
+        ...
 
     def select(self, expansion: Expansion, k: int) -> Ranked | Decided:
         """What is to live on, best first; no host synchronisation, and nothing given is changed."""
