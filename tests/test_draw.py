@@ -609,3 +609,33 @@ def test_cuda_graph_replay_reads_new_inputs():
     options["bitmask"].copy_(bits.roll(1, 1))
     graph.replay()
     same(got, step())
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "error", "message"),
+    [
+        ("k", 0, ValueError, "k: expected"),
+        ("log_probs", torch.zeros(2, 3, dtype=torch.float64), TypeError, "log_probs: expected float32"),
+        ("perturbed", torch.zeros(3, 2), ValueError, "perturbed: expected one per row"),
+        ("nodes", torch.zeros(2, 3), TypeError, "nodes: expected int64"),
+        ("lse", torch.zeros(5), ValueError, "lse: expected"),
+        ("tile_sum", torch.zeros(6, 2), ValueError, "tile_sum: expected"),
+        ("seed", torch.zeros(2, dtype=torch.int64), ValueError, "seed: expected"),
+        ("temperature", torch.zeros(5), ValueError, "temperature: expected"),
+    ],
+)
+def test_rejects_bad_arguments(name, value, error, message):
+    good = {
+        "logits": torch.zeros(6, 50),
+        "log_probs": torch.zeros(2, 3),
+        "perturbed": torch.zeros(2, 3),
+        "nodes": torch.zeros(2, 3, dtype=torch.int64),
+        "tile_ref": torch.zeros(6, 1),
+        "tile_sum": torch.ones(6, 1),
+        "lse": torch.zeros(6),
+        "k": 2,
+        "seed": torch.zeros(1, dtype=torch.int64),
+    }
+    draw_children(**good)
+    with pytest.raises(error, match=f"^{message}"):
+        draw_children(**{**good, name: value})

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from flashbeam.kernels import pack_bitmask
+from flashbeam.kernels import invert_cdf, pack_bitmask
 from flashbeam.kernels.invert import divide, invert_cdf_op, multiply
 from flashbeam.kernels.summary import GROUPS, TILE, summarize_op
 from flashbeam.kernels.triton.invert import launch_invert_cdf
@@ -258,3 +258,27 @@ def test_opcheck(full, device):
     rows, codes = torch.tensor([3, 0, 3], device=device), random_codes(3).to(device)
     arguments = (logits, ref, total, rows, codes, 2100, bits, temperature)
     torch.library.opcheck(torch.ops.flashbeam.invert_cdf, arguments)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "error", "message"),
+    [
+        ("rows", torch.zeros(3), TypeError, "rows: expected int64"),
+        ("codes", torch.zeros(3, dtype=torch.int32), TypeError, "codes: expected int64"),
+        ("codes", torch.zeros(4, dtype=torch.int64), ValueError, "codes: expected"),
+        ("tile_ref", torch.zeros(6, 2), ValueError, "tile_ref: expected"),
+        ("tile_sum", torch.zeros(6, 1).half(), TypeError, "tile_sum: expected float32"),
+        ("vocab_size", 51, ValueError, "vocab_size: expected"),
+    ],
+)
+def test_the_public_form_rejects_bad_arguments(name, value, error, message):
+    good = {
+        "logits": torch.zeros(6, 50),
+        "tile_ref": torch.zeros(6, 1),
+        "tile_sum": torch.ones(6, 1),
+        "rows": torch.zeros(3, dtype=torch.int64),
+        "codes": torch.zeros(3, dtype=torch.int64),
+    }
+    invert_cdf(**good)
+    with pytest.raises(error, match=f"^{message}"):
+        invert_cdf(**{**good, name: value})
