@@ -26,7 +26,7 @@ class Step(NamedTuple):
     tokens: Tensor  # int64 [B, K]; pad_id in slots that do not go on
     parents: Tensor  # int64 [B, K], slot in the previous beam
     source_rows: Tensor  # int64 [B * K], row of the logits just consumed that each beam continues
-    valid: Tensor  # bool [B, K]
+    valid: Tensor  # bool [B, K]; in place also slots that hold a finished hypothesis, until their request is done
 
 
 class BeamSearch:
