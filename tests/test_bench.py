@@ -167,3 +167,32 @@ def test_nothing_is_timed_where_results_differ(bench: dict[str, Any], monkeypatc
     monkeypatch.setattr(module, "interleave", lambda *args, **kwargs: pytest.fail("timed"))
     with pytest.raises(SystemExit, match="do not agree"):
         module.measure_shape(bench["workload"].Shape(2, 3, 3001), torch.float32, 2, False)
+
+
+def test_noise_for_every_logit_is_a_step_of_stochastic_beams(bench: dict[str, Any]) -> None:
+    logits, log_probs = torch.randn(400, 2, 30), torch.tensor([[-0.5, -1.5]]).expand(400, 2)
+    perturbed = torch.tensor([[0.7, 0.3]]).expand(400, 2)
+    values, parents, tokens = bench["baselines"].gumbel_topk(logits, log_probs, perturbed, 60)
+    for parent in (0, 1):  # the greatest child of each has its parent's value
+        best = values.masked_fill(parents != parent, -torch.inf).amax(1)
+        torch.testing.assert_close(best, perturbed[:, parent])
+    assert all(len(set(zip(*pair, strict=True))) == 60 for pair in zip(parents.tolist(), tokens.tolist(), strict=True))
+    # one parent's first child is an ancestral sample
+    first = tokens[:, 0][parents[:, 0] == 0]
+    many = bench["baselines"].gumbel_topk(
+        logits[:1].expand(20000, 2, 30), log_probs[:1].expand(20000, 2), perturbed[:1].expand(20000, 2), 1
+    )[2][:, 0]
+    share = torch.bincount(many, minlength=30) / 20000
+    assert len(first) == 400
+    torch.testing.assert_close(share, logits[0, 0].softmax(0), rtol=0, atol=0.015)  # 4 standard errors
+
+
+def test_choosing_table(tmp_path: Path, bench: dict[str, Any]) -> None:
+    output = tmp_path / "out.json"
+    result = run("bench/run_choosing.py", "--tiny", "--rounds", "2", "--output", str(output))
+    assert result.returncode == 0, result.stderr
+    found = json.loads(output.read_text())
+    assert set(found["results"]) == {"random", "demo"}
+    assert "Stochastic" in result.stdout and "noise for every logit" in result.stdout
+    targets = {case for cases in __import__("run_choosing").TARGETS.values() for case in cases}
+    assert targets <= {case for each in found["results"].values() for case in each["timings"]}

@@ -89,3 +89,29 @@ def test_steps_draw_fresh_numbers(rule):
     tokens = search.finalize(state).tokens[:, 0]
     assert all(len(set(row)) > 3 for row in tokens.tolist())
     assert len({tuple(row) for row in tokens.tolist()}) == 8
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="captures a CUDA graph")
+@pytest.mark.parametrize("rule", RULES, ids=repr)
+def test_a_captured_step_goes_on_as_an_eager_one(rule):
+    search = fb.BeamSearch(4, 12, 2, selection=rule, temperature=0.7)
+    logits = torch.randn(8, 9001, device="cuda")
+    first = torch.randn(2, 9001, device="cuda")
+    eager, replayed = search.init(2, "cuda"), search.init(2, "cuda")
+    for state in (eager, replayed):
+        search.step(state, first)
+        search.step(state, logits)  # compiles
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        search.step(replayed.clone(), logits)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        search.step(replayed, logits)  # recorded, not run
+    for _ in range(5):
+        graph.replay()
+        search.step(eager, logits)
+    one, other = search.finalize(eager), search.finalize(replayed)
+    assert torch.equal(one.tokens, other.tokens)
+    assert torch.equal(one.scores, other.scores)
