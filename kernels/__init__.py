@@ -28,12 +28,14 @@ from .history import backtrace, trace_slots, update_ancestry
 from .invert import Inverted, invert_cdf
 from .keys import pack_key, token_log_prob
 from .lse import FLAG_INF, FLAG_NAN
-from .poisson import PoissonSample, conditional_poisson, log_odds
+from .poisson import PoissonSample, conditional_poisson
 from .random import Stream, child_nodes, gumbel, random_bits, random_codes, root_nodes, uniforms
 from .reorder import check_reorder, reorder
 from .sample import Sampled, sample
 from .select import Candidates, top_candidates
-from .summary import Summary, Tiles, summarize
+from .summary import Summary, summarize
+from .symmetric import log_odds
+from .tiles import Tiles
 from .topk import Selected, TopK, select_beams, topk_log_probs
 from .urn import draw_distinct
 

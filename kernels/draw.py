@@ -29,7 +29,7 @@ from .checks import check_dtype, check_range, check_rows, check_same_device, che
 from .keys import adjust, pack_key, token_log_prob
 from .random import Stream, gumbel, random_bits
 from .registration import register
-from .summary import GROUP_SIZE, GROUPS, TILE, tiles_of
+from .tiles import GROUP_SIZE, GROUPS, TILE, tiles_of
 
 
 class Drawn(NamedTuple):

@@ -3,7 +3,20 @@
 import torch
 from torch import Tensor
 
-from .summary import LOG2E, evenly_split
+LOG2E = 1.4426950408889634
+
+
+def evenly_split(numel: int) -> int:
+    """The least size >= ``numel`` that torch splits over its threads in whole vectors.
+
+    ``exp2`` takes another code path, off by an ulp, for the last few elements of a thread's share, so a share that ends
+    inside a vector would make a row's bits depend on its batch. 32768 is torch's grain of parallel loops.
+    """
+    threads, vector = torch.get_num_threads(), 64
+    size = -(-numel // vector) * vector
+    while -(-size // max(1, min(threads, -(-size // 32768)))) % vector:
+        size += vector
+    return size
 
 
 def exp(x: Tensor) -> Tensor:

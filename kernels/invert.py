@@ -28,7 +28,7 @@ from .bitmask import bits_at
 from .checks import check_dtype, check_rows, check_same_device, check_shape, contiguous
 from .keys import adjust
 from .registration import register
-from .summary import GROUP_SIZE, GROUPS, TILE, tiles_of
+from .tiles import GROUP_SIZE, GROUPS, TILE, tiles_of
 
 LOWEST = -87.0  # exponents whose exponential is a normal float32 on every device
 _ONE = 2.0**32

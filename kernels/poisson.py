@@ -2,43 +2,14 @@
 
     w = p / (1 - p),    Q(Y) = prod_{i in Y} w_i / e_K(w),    pi_i = w_i e_{K-1}(w without i) / e_K(w)
 
-with e_m the elementary symmetric polynomials. With the candidates in descending order, 1 .. n, tables of those before
-and of those from a place on hold everything (t_b is the tail's polynomial, below; without one t_0 = 1 and else 0):
-
-    E_a[i] = e_a(w_1 .. w_i)             E_a[i] = sum over j <= i of w_j E_{a-1}[j - 1]
-    S_b[i] = e_b(w_i .. w_n and tail)    S_b[i] = t_b + sum over j >= i of w_j S_{b-1}[j + 1]
-
-so a table is one cumulative sum of the one before, K of each. A set is drawn from S: with b items still to be chosen
-from place i on, the next one is beyond place j with chance S_b[j + 1] / S_b[i], so K searches in sorted tables find it.
+with e_m the elementary symmetric polynomials. Tables of them (kernels/symmetric.py), E_a of the candidates before a
+place and S_b of those from a place on, in descending order 1 .. n, hold everything. A set is drawn from S: with b items
+still to be chosen from place i on, the next one is beyond place j with chance S_b[j + 1] / S_b[i], so K searches in
+sorted tables find it.
 
     pi_i = w_i * sum over a of E_a[i - 1] S_{K-1-a}[i + 1] / S_K[1]
 
-Only positive float64 terms are added. In the order taken, the j-th factor of a product is at most the j-th largest w,
-so each table is computed in units of that and of its own largest value: nothing overflows, whatever the weights, and
-what underflows has a chance below 1e-300.
-
-Candidates may be left out of the list. Of this tail, with T its total odds and s = sum (w / T)^2,
-
-    e_m = T^m / m! * d_m,   d_m the chance that m draws in proportion to w differ,   1 - C(m, 2) s <= d_m
-
-as a pair of draws agrees with chance s. By Bonferroni d_m is above that by no more than the chance of two pairs, which
-is 3 C(m, 3) c + 3 C(m, 4) s^2 with c = sum (w / T)^3 <= s w_max / T. So the tail's polynomial is taken to be
-
-    t_m = T^m / m! * (1 - C(m, 2) s),   off by y_m = (3 C(m, 3) c + 3 C(m, 4) s^2) / (1 - C(m, 2) s) of itself,
-
-and where C(m, 2) s > 1/2, T^m / m! / 2 and y_m = 1. For m the number of tail items chosen, with E its mean and
-Y = E[y_m], all under the law drawn from:
-
-    listed, |error of pi| <= 2 min(pi Y, (1 - pi) max y) / (1 - Y)
-    tail,   |error of pi| <= 2 pi E[m z_m] / E[m] / (1 - Y)
-            z_m = y_m + (C(m, 2) s + (m - 1) w_i / T) / (1 - C(m, 2) s)
-
-The listed pi' is E[(1 + x_m) 1_i] / E[1 + x_m] with |x_m| <= y_m. E[y_m 1_i] <= Y pi, as P(i | m) falls with m and y_m
-grows; the second holds by 1 - pi alike, with y_m at most its largest. A tail item's pi is w_i E[m] / T, and its true
-one has in place of m / T the chance that m - 1 draws differ from each other and from i. Where T is known but for a
-relative error d, pi of a listed item is off by no more than pi E[m] d more, and of a tail item by pi d. Sampling
-itself: listed items are in the sample with probability pi exactly; a tail item, drawn without replacement, within the
-same bound to first order.
+Candidates may be left out of the list: see kernels/poisson_tail.py.
 
 Plain torch and no operation of its own: some hundred small tensor operations, for any device; none synchronises, so a
 graph may record them. A request's results do not depend on its batch.
@@ -50,12 +21,9 @@ import torch
 from torch import Tensor
 
 from .checks import check_dtype, check_range, check_same_device, check_shape, check_tensor
+from .poisson_tail import TailFacts, clashes, error_bound
 from .random import uniforms
-
-_CERTAIN = -1e-7  # log-probabilities from here on count as certain
-_REMAINS = 1e-30  # 1 - p of a certain candidate
-_LEAST = 1e-300
-_LOWEST = -1e300  # for logarithms that may be -inf
+from .symmetric import CERTAIN, log_odds, tables_of, weigh
 
 
 class PoissonSample(NamedTuple):
@@ -66,123 +34,9 @@ class PoissonSample(NamedTuple):
     bound: Tensor  # float32 [B], on the absolute error of any pi above that the treatment of the tail makes
 
 
-class _Tables(NamedTuple):
-    """E or S of degrees 0 .. k for N candidates: ``exp(scale) * values``."""
-
-    values: Tensor  # float64 [k + 1, B, N + 1], ascending along the last dimension
-    scale: Tensor  # float64 [k + 1, B]; -inf where the table is 0
-
-
 def words_needed(k: int) -> int:
     """How many random words a request takes: two for each place."""
     return 2 * k
-
-
-def log_odds(log_probs: Tensor) -> Tensor:
-    """``log p / (1 - p)`` in float64; a certain candidate's is large but finite."""
-    log_probs = log_probs.double()
-    beside = torch.expm1(log_probs).neg_().masked_fill_(log_probs >= _CERTAIN, _REMAINS)
-    return log_probs - beside.log_()
-
-
-class _Weights(NamedTuple):
-    """The candidates in descending order. Nothing here depends on the sizes of other requests, so no bit does."""
-
-    best: Tensor  # float64 [B, k], log w of the first
-    shares: Tensor  # float64 [B, n], w in terms of that of the last place that a set of the request's size needs
-    order: Tensor  # int64 [B, n], their places in the list
-
-
-def _weigh(log_probs: Tensor, sizes: Tensor, k: int) -> _Weights:
-    found, order = log_probs.sort(dim=1, descending=True, stable=True)
-    best = torch.nn.functional.pad(log_odds(found[:, :k]), (0, max(0, k - found.shape[1])), value=-torch.inf)
-    last = best.gather(1, (sizes - 1).clamp(min=0)[:, None])
-    exact = found.double()
-    shares = (exact - last.clamp(min=_LOWEST)).clamp_(max=0.0).exp_()
-    return _Weights(best, shares.div_(torch.expm1(exact).neg_().clamp_(min=_REMAINS)), order)
-
-
-def _tables(weights: _Weights, sizes: Tensor, log_tail: Tensor) -> tuple[_Tables, _Tables]:
-    """E and S, in one go as ``X_a[r] = t_a + sum over q <= r of w_q X_{a-1}[q - 1]``, S with places from the last on.
-
-    Args:
-        weights: of n places.
-        sizes: int64 ``[B]``, K.
-        log_tail: float64 ``[k + 1, B]``, log t of S.
-    """
-    best, shares = weights.best, weights.shares
-    (batch, k), n = best.shape, shares.shape[1]
-    degree = torch.arange(1, k + 1, device=best.device)[:, None]
-    # the first place that can have part: of E_a, a; of the b items from a place on, K - b or later
-    start = torch.stack(((degree - 1).expand(k, batch), (sizes - degree).clamp(min=0)), 1)  # [k, 2, B]
-    units = best.gather(1, start.flatten(0, 1).t().contiguous()).t().view(k, 2, batch)
-    # w counts in units of the largest one that can have part, and is at most 1; the first K are computed as they are
-    unit = units.clamp(min=_LOWEST)[..., None]
-    reduce = (best.gather(1, (sizes - 1).clamp(min=0)[:, None]) - unit).clamp_(max=0.0).exp_()  # [k, 2, B, 1]
-    near = min(k, n)
-    place = torch.arange(near, device=best.device)
-    head = (best[:, :near] - unit).masked_fill_(place < start[..., None], -torch.inf).clamp_(max=0.0).exp_()
-    head = torch.where(place < sizes[:, None], head, shares[:, :near] * reduce)  # [k, 2, B, near]
-    head[:, 1] = head[:, 1].flip(2)
-    both = torch.stack((shares, shares.flip(1)))  # [2, B, n]
-    initial = torch.stack((torch.full_like(log_tail, -torch.inf), log_tail), 1)  # [k + 1, 2, B]
-
-    values = shares.new_empty(k + 1, 2, batch, 1 + n)
-    values[0] = 1.0
-    scale = torch.zeros_like(initial[0])
-    scales, most = [scale], torch.ones_like(scale)
-    tables = values.unbind(0)
-    for before, table, unit, start_at, share, less in zip(
-        tables, tables[1:], units.unbind(0), initial[1:].unbind(0), head.unbind(0), reduce.unbind(0), strict=False
-    ):
-        grown = most.log().add_(scale).add_(unit)
-        scale = torch.maximum(grown, start_at)
-        safe = scale.clamp(min=_LOWEST)
-        factor = grown.sub_(safe).exp_().div_(most.clamp(min=_LEAST))[..., None]
-        torch.sub(start_at, safe, out=table[..., 0]).exp_()
-        torch.mul(before[..., :-1], both, out=table[..., 1:]).mul_(less)
-        torch.mul(before[0, :, :near], share[0], out=table[0, :, 1 : 1 + near])
-        torch.mul(before[1, :, n - near : -1], share[1], out=table[1, :, 1 + n - near :])
-        table[..., 1:].mul_(factor)
-        torch.cumsum(table, 2, out=table)
-        most = table[..., -1]
-        scales.append(scale)
-    all_scales = torch.stack(scales, 1)
-    return _Tables(values[:, 0], all_scales[0]), _Tables(values[:, 1], all_scales[1])
-
-
-def _clashes(m: Tensor, squares: Tensor, cubes: Tensor) -> tuple[Tensor, Tensor]:
-    """``t_m m! / T^m`` and y_m, for m float64 ``[k + 1, 1]`` tail items, s and c float64 ``[P]``."""
-    pairs = m * (m - 1) / 2
-    triples, fours = pairs * (m - 2) / 3, pairs * (m - 2) * (m - 3) / 12
-    clash = pairs * squares
-    differ = 1 - clash.clamp(max=0.5)
-    return differ, torch.where(clash > 0.5, 1.0, (3 * triples * cubes + 3 * fours * squares * squares) / differ)
-
-
-class _Tail(NamedTuple):
-    """What the error of pi depends on, for P places."""
-
-    law: Tensor  # float64 [k + 1, P], chances of the numbers m of tail items
-    m: Tensor  # float64 [k + 1, 1]
-    most: Tensor  # int64 [P], the largest m
-    squares: Tensor  # float64 [P], s
-    cubes: Tensor  # float64 [P], c
-    share: Tensor  # float64 [P], w / T of the item at the place
-    error: Tensor  # float64 [P], relative, of T
-
-
-def _error(pi: Tensor, in_tail: Tensor, tail: _Tail) -> Tensor:
-    """The bound at the top of this page on the error of each pi float64 ``[P]``, of a tail item where ``in_tail``."""
-    law, m = tail.law, tail.m
-    differ, y = _clashes(m, tail.squares, tail.cubes)
-    z = y + (1 - differ + (m - 1).clamp(min=0) * tail.share) / differ
-    mean, mean_y = (law * m).sum(0), (law * y).sum(0)
-    largest = y.masked_fill(m > tail.most, 0.0).amax(0)
-    listed = torch.minimum(pi * mean_y, (1 - pi) * largest)
-    error = 2 * torch.where(in_tail, pi * (law * m * z).sum(0) / mean, listed) / (1 - mean_y)
-    error = error + pi * torch.where(in_tail, 1.0, mean) * tail.error
-    return error.masked_fill(mean_y >= 1, 1.0).clamp_(max=1.0)
 
 
 def conditional_poisson(
@@ -266,14 +120,14 @@ def conditional_poisson(
         power = torch.where(count == 0, 0.0, count * tail.masked_fill(~has_tail, 0.0))
         squares = (tail_squares.double() - 2 * tail).exp_().masked_fill_(~has_tail, 0.0)
         cubes = squares * (tail_max.double() - tail).exp_().masked_fill_(~has_tail, 0.0)
-        unlimited = power - torch.lgamma(count + 1.0) + _clashes(count.double(), squares, cubes)[0].log()
+        unlimited = power - torch.lgamma(count + 1.0) + clashes(count.double(), squares, cubes)[0].log()
         log_tail = unlimited.masked_fill(count > reach, -torch.inf)
     available = (log_probs > -torch.inf).sum(1) + reach
     certain = available <= sizes
     sizes = torch.minimum(sizes, available)
 
-    weights = _weigh(log_probs, sizes, k)
-    before, behind = _tables(weights, sizes, log_tail)
+    weights = weigh(log_probs, sizes, k)
+    before, behind = tables_of(weights, sizes, log_tail)
 
     # draw: of the `left` items still to be chosen from the last `at` places on, the next is `place` places from the end
     request = torch.arange(batch, device=sizes.device)
@@ -318,7 +172,7 @@ def conditional_poisson(
         in_tail = rank >= taken
         pi = torch.where(in_tail, share * (law * m).sum(0).view(batch, k), pi)
         relative = torch.zeros_like(squares) if tail_error is None else tail_error.double().masked_fill(~has_tail, 0.0)
-        facts = _Tail(
+        facts = TailFacts(
             law,
             m,
             most=torch.minimum(sizes, reach).repeat_interleave(k),
@@ -327,12 +181,12 @@ def conditional_poisson(
             share=share.flatten(),
             error=relative.repeat_interleave(k),
         )
-        error = _error(pi.flatten(), in_tail.flatten(), facts).nan_to_num(0.0).view(batch, k)
+        error = error_bound(pi.flatten(), in_tail.flatten(), facts).nan_to_num(0.0).view(batch, k)
         if tail_more is not None:  # the chance that the set would have had more of them
             beyond = torch.where((count > reach) & tail_more, unlimited + listed_scale - whole, -torch.inf).exp()
             error = (error + beyond.sum(0)[:, None]).clamp(max=1.0)
         bound = error.masked_fill(none | certain[:, None], 0.0).amax(1)
-    sure = none | certain[:, None] | (chosen_log_probs >= _CERTAIN)
+    sure = none | certain[:, None] | (chosen_log_probs >= CERTAIN)
     log_pi = pi.log().clamp_(max=0.0).masked_fill_(sure, 0.0)
     chosen_log_probs, order = chosen_log_probs.sort(dim=1, descending=True, stable=True)
     chosen = item.masked_fill_(none, -1).gather(1, order)

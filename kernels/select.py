@@ -35,7 +35,8 @@ from .checks import (
 from .keys import lexsort_descending, pack_key
 from .lse import row_lse_op
 from .registration import register
-from .summary import GROUPS, TILE, summarize_op
+from .summary import summarize_op
+from .tiles import GROUPS, TILE
 
 _WORST = torch.iinfo(torch.int64).min
 _TIES = 32  # how many candidates that tie are taken along rather than told apart

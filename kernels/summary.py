@@ -25,28 +25,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .bitmask import bits_at, unpack_bitmask
+from .bitmask import bits_at
 from .checks import check_candidates, check_normalize, check_rows, check_tensor, contiguous
+from .exponential import LOG2E
 from .lse import row_lse_op
 from .registration import register
-
-GROUP_SIZE = 32
-GROUPS = 64
-TILE = GROUP_SIZE * GROUPS
-
-LOG2E = 1.4426950408889634
-_MOST = torch.finfo(torch.float32).max
-_BLOCK_TILES = 512  # 4 MB of float32; measured best of 64 to 1024: larger operations win until the cache is full
-
-
-class Tiles(NamedTuple):
-    """What the pass itself leaves. ``N = ceil(V / 2048)`` tiles a row."""
-
-    group_max: Tensor  # logits dtype [R, N, 64]
-    tile_max: Tensor  # logits dtype [R, N]
-    tile_ref: Tensor  # logits dtype [R, N]
-    tile_sum: Tensor  # float32 [R, N]; sign bit set where the tile held a NaN
-    group_mass: Tensor  # float32 [R, N, 64], or [R, 0, 64] if not asked for
+from .summary_pass import BLOCK_TILES, MOST, Pass
+from .tiles import GROUPS, TILE, Tiles, tiles_of
 
 
 class Summary(NamedTuple):
@@ -55,90 +40,6 @@ class Summary(NamedTuple):
     tiles: Tiles
     lse: Tensor  # float32 [R]; -inf for a row without tokens, +inf for an invalid row
     flags: Tensor  # int32 [R]; FLAG_NAN and FLAG_INF
-
-
-def tiles_of(vocab_size: int) -> int:
-    """Number of tiles of a row."""
-    return (vocab_size + TILE - 1) // TILE
-
-
-def evenly_split(numel: int) -> int:
-    """The least size >= ``numel`` that torch splits over its threads in whole vectors.
-
-    ``exp2`` takes another code path, off by an ulp, for the last few elements of a thread's share, so a share that ends
-    inside a vector would make a row's bits depend on its batch. 32768 is torch's grain of parallel loops.
-    """
-    threads, vector = torch.get_num_threads(), 64
-    size = -(-numel // vector) * vector
-    while -(-size // max(1, min(threads, -(-size // 32768)))) % vector:
-        size += vector
-    return size
-
-
-class _Pass:
-    """One run of the torch definition over some rows: where it writes, and the workspace its blocks share."""
-
-    def __init__(self, out: Tiles, temperature: Tensor | None, renormalize: bool, mass: bool, masked: bool):
-        # in float32 while the pass runs: an operation that converts by the way is several times slower
-        self.out = Tiles(*(field.float() for field in out))
-        if renormalize or not masked:  # what may be chosen is what is normalised over
-            self.out = self.out._replace(tile_ref=self.out.tile_max)
-        self.temperature = temperature
-        self.renormalize = renormalize
-        self.mass = mass
-        # also what lies behind a block is exponentiated, and never looked at
-        numel = min(_BLOCK_TILES * TILE, out.group_max.numel() * GROUP_SIZE)
-        self.work = out.tile_sum.new_empty(evenly_split(numel))
-
-    def strip(self, logits: Tensor, bitmask: Tensor | None, rows: slice, tiles: slice, tokens: slice) -> None:
-        """Summarise ``tiles``, which are ``tokens``, of ``rows``: as many rows at a time as make a block."""
-        count = tiles.stop - tiles.start
-        size = max(1, _BLOCK_TILES // count)
-        fields = [field[rows, tiles].split(size) for field in (self.out if self.mass else self.out[:4])]
-        missing = -(tokens.stop - tokens.start) % GROUPS  # the last tile is filled up to whole groups
-        for number, x in enumerate(logits[rows, tokens].split(size)):
-            block = slice(rows.start + number * size, rows.start + number * size + x.shape[0])
-            if missing:
-                x = torch.nn.functional.pad(x, (0, missing), value=-torch.inf)
-            allowed = None
-            if bitmask is not None:
-                words = slice(tokens.start // 32, -(-tokens.stop // 32))
-                allowed = unpack_bitmask(bitmask[block, words], tokens.stop - tokens.start)
-                allowed = torch.nn.functional.pad(allowed, (0, missing), value=False)
-                allowed = allowed.view(x.shape[0], count, -1, GROUPS)
-            self.block(x.unflatten(1, (count, -1, GROUPS)), allowed, block, [field[number] for field in fields])
-
-    def block(self, x: Tensor, allowed: Tensor | None, rows: slice, out: list[Tensor]) -> None:
-        """Summarise ``x [n, t, r, 64]`` of ``rows``; ``allowed`` is bool of the same shape."""
-        group_max, tile_max, tile_ref, tile_sum, *mass = out
-        scale: Tensor | float = LOG2E
-        if self.temperature is not None:
-            scale = (LOG2E / self.temperature[rows]).view(-1, 1, 1, 1)
-        candidates = x if allowed is None else x.masked_fill(~allowed, -torch.inf)
-        if self.renormalize:
-            x = candidates
-        values = self._float(candidates)
-        torch.amax(values, 2, out=group_max)
-        torch.amax(group_max, -1, out=tile_max)
-        for group_mass in mass:
-            torch.sum(self._exp(values, group_max[:, :, None, :], scale), 2, out=group_mass)
-            values = self._float(candidates)
-        if candidates is not x:
-            values = self._float(x)
-            torch.amax(values, (2, 3), out=tile_ref)
-        torch.sum(self._exp(values, tile_ref[:, :, None, None], scale).flatten(2), -1, out=tile_sum)
-
-    def _float(self, x: Tensor) -> Tensor:
-        """``x`` as float32: itself, or in the workspace."""
-        return x if x.dtype == torch.float32 else self.work[: x.numel()].view(x.shape).copy_(x)
-
-    def _exp(self, x: Tensor, ref: Tensor, scale: Tensor | float) -> Tensor:
-        """``exp2((x - ref) * scale)`` in the workspace, where ``x`` may be already."""
-        work = self.work[: x.numel()].view(x.shape)
-        torch.sub(x, ref.clamp(-_MOST, _MOST), out=work)  # finite: -inf - -inf would be NaN
-        work.mul_(scale)
-        self.work[: evenly_split(x.numel())].exp2_()
-        return work
 
 
 def _active_spans(active: Tensor | None, rows: int) -> list[tuple[int, int]]:
@@ -188,7 +89,7 @@ def _exclude_tokens(
         x = x.masked_fill(barred, -torch.inf)
         out.group_max[:, tile, column] = x.amax(-1)
         if out.group_mass.shape[1] > 0:
-            weight = x.float() - x.amax(-1, keepdim=True).float().clamp(-_MOST, _MOST)
+            weight = x.float() - x.amax(-1, keepdim=True).float().clamp(-MOST, MOST)
             scale = LOG2E if temperature is None else (LOG2E / temperature)[:, None]
             out.group_mass[:, tile, column] = weight.mul_(scale).exp2_().sum(-1)
     for tile in {token // TILE for token in tokens}:
@@ -236,10 +137,10 @@ def _fill(
     mass: bool,
 ) -> None:
     """Write the tiles of the rows in ``spans``; one that holds a NaN gets NaN for its sum."""
-    step = _Pass(out, temperature, renormalize, mass, bitmask is not None)
+    step = Pass(out, temperature, renormalize, mass, bitmask is not None)
     whole, tail = divmod(vocab_size, TILE)
     for start, stop in spans:
-        for tiles in _blocks(0, whole, _BLOCK_TILES):
+        for tiles in _blocks(0, whole, BLOCK_TILES):
             step.strip(logits, bitmask, slice(start, stop), tiles, slice(tiles.start * TILE, tiles.stop * TILE))
         if tail:
             step.strip(logits, bitmask, slice(start, stop), slice(whole, whole + 1), slice(whole * TILE, vocab_size))

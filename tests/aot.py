@@ -86,7 +86,7 @@ def _cuobjdump(*args: str | Path) -> str:
 
 
 def _streaming(code: list[Instruction], tiles: int) -> Streaming:
-    from flashbeam.kernels.summary import TILE
+    from flashbeam.kernels.tiles import TILE
 
     path = streaming_path(code)
     return Streaming(

@@ -11,7 +11,7 @@ import pytest
 import flashbeam.kernels
 from aot import STREAMING, Report, Result, run, table
 from aot_cases import ARCHS, CASES
-from flashbeam.kernels.summary import TILE
+from flashbeam.kernels.tiles import TILE
 from sass import parse, streaming_path
 
 TRITON = Path(flashbeam.kernels.__file__).parent / "triton"

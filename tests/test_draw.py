@@ -14,7 +14,7 @@ import triton.language as tl
 import flashbeam as fb
 from flashbeam.kernels import draw, draw_children, pack_bitmask, summarize
 from flashbeam.kernels.random import child_nodes, random_bits, root_nodes
-from flashbeam.kernels.summary import TILE
+from flashbeam.kernels.tiles import TILE
 from flashbeam.kernels.triton import draw as jit
 from flashbeam.kernels.triton.draw import launch_draw
 from oracles import TableLM

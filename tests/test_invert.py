@@ -11,7 +11,8 @@ import torch
 
 from flashbeam.kernels import invert_cdf, pack_bitmask
 from flashbeam.kernels.invert import divide, invert_cdf_op, multiply
-from flashbeam.kernels.summary import GROUPS, TILE, summarize_op
+from flashbeam.kernels.summary import summarize_op
+from flashbeam.kernels.tiles import GROUPS, TILE
 from flashbeam.kernels.triton.invert import launch_invert_cdf
 
 INF, NAN = float("inf"), float("nan")

@@ -9,7 +9,8 @@ import torch
 from flashbeam.kernels import pack_bitmask, select_beams, top_candidates, topk_log_probs
 from flashbeam.kernels.lse import row_lse_op
 from flashbeam.kernels.select import _select_op as select_op
-from flashbeam.kernels.summary import TILE, Tiles, summarize_op
+from flashbeam.kernels.summary import summarize_op
+from flashbeam.kernels.tiles import TILE, Tiles
 from flashbeam.kernels.triton.select import launch_select
 from test_summary import adversarial_rows, far_apart
 

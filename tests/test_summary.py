@@ -9,7 +9,8 @@ import torch
 
 from flashbeam.kernels import FLAG_INF, FLAG_NAN, pack_bitmask, summarize
 from flashbeam.kernels.lse import merge_tiles
-from flashbeam.kernels.summary import GROUP_SIZE, GROUPS, TILE, Tiles, summarize_op
+from flashbeam.kernels.summary import summarize_op
+from flashbeam.kernels.tiles import GROUP_SIZE, GROUPS, TILE, Tiles
 from flashbeam.kernels.triton.lse import launch_row_lse
 from flashbeam.kernels.triton.summary import launch_summarize
 

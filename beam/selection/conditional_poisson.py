@@ -36,7 +36,7 @@ class ConditionalPoisson:
     :func:`flashbeam.estimate` unbiased from one run.
 
     The best candidates of a request, 256 of them or 1024 where V is above 8192, are treated one by one, and the others
-    together by their total and their squares (kernels/poisson.py): no mass is dropped. The error that makes in an
+    together by their total and their squares (kernels/poisson_tail.py): no mass is dropped. The error that makes in an
     inclusion probability is bounded at every step, and a request where the bound exceeds 1e-4 has ``FLAG_INEXACT`` in
     ``state.flags``.
     """

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..random import Stream
-from ..summary import GROUP_SIZE, GROUPS, TILE
+from ..tiles import GROUP_SIZE, GROUPS, TILE
 from .keys import key_index, key_value, pack_key, token_log_prob
 from .random import gumbel, philox
 

@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..invert import LOWEST
-from ..summary import GROUP_SIZE, GROUPS, TILE
+from ..tiles import GROUP_SIZE, GROUPS, TILE
 from .summary import _allowed, _as_float, _finite
 
 _BLOCK_N = 1024  # tiles at a time

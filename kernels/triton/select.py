@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..summary import GROUP_SIZE, GROUPS, TILE
+from ..tiles import GROUP_SIZE, GROUPS, TILE
 from .keys import key_index, key_value, pack_key, token_log_prob
 
 _R = tl.constexpr(GROUP_SIZE)

@@ -9,7 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..summary import GROUP_SIZE, GROUPS, TILE, Tiles, _new_tiles
+from ..summary import _new_tiles
+from ..tiles import GROUP_SIZE, GROUPS, TILE, Tiles
 
 _LOG2E = tl.constexpr(1.4426950408889634)
 _R = tl.constexpr(GROUP_SIZE)
