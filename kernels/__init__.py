@@ -6,6 +6,7 @@ A CPU tensor runs the torch definition, a CUDA tensor the kernel; the results ar
 from .advance_chosen import Choice, advance_chosen_
 from .advance_in_place import advance_in_place_
 from .advance_pool import advance_pool_
+from .automaton import Edges, follow, listed_bitmask
 from .beamstate import (
     FLAG_DEAD_END,
     FLAG_INEXACT,
@@ -27,6 +28,7 @@ from .filters import filter_bitmask
 from .history import backtrace, trace_slots, update_ancestry
 from .invert import Inverted, invert_cdf
 from .keys import pack_key, token_log_prob
+from .listed import Listed, summarize_listed, top_listed
 from .lse import FLAG_INF, FLAG_NAN
 from .poisson import PoissonSample, conditional_poisson
 from .random import Stream, child_nodes, gumbel, random_bits, random_codes, root_nodes, uniforms
@@ -35,7 +37,7 @@ from .sample import Sampled, sample
 from .select import Candidates, top_candidates
 from .summary import Summary, summarize
 from .symmetric import log_odds
-from .tiles import Tiles
+from .tiles import Tiles, place
 from .topk import Selected, TopK, select_beams, topk_log_probs
 from .urn import draw_distinct
 
@@ -48,10 +50,12 @@ __all__ = [
     "Choice",
     "Drawn",
     "Draws",
+    "Edges",
     "Endings",
     "History",
     "Inverted",
     "Limits",
+    "Listed",
     "Moves",
     "PoissonSample",
     "Pool",
@@ -76,12 +80,15 @@ __all__ = [
     "endings",
     "exp",
     "filter_bitmask",
+    "follow",
     "gumbel",
     "invert_cdf",
+    "listed_bitmask",
     "log_odds",
     "mark_bits",
     "pack_bitmask",
     "pack_key",
+    "place",
     "random_bits",
     "random_codes",
     "reorder",
@@ -89,8 +96,10 @@ __all__ = [
     "sample",
     "select_beams",
     "summarize",
+    "summarize_listed",
     "token_log_prob",
     "top_candidates",
+    "top_listed",
     "topk_log_probs",
     "total_order",
     "trace_slots",

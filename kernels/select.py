@@ -42,7 +42,7 @@ _WORST = torch.iinfo(torch.int64).min
 _TIES = 32  # how many candidates that tie are taken along rather than told apart
 
 
-class _Rows:
+class RowFormulas:
     """The formulas at the top of this page, for parts ``[B, n]`` of rows and their members ``[B, n, m]``."""
 
     def __init__(self, log_probs: Tensor, lse: Tensor, temperature: Tensor | None, divisor: Tensor | None):
@@ -101,6 +101,15 @@ def _members(parts: Tensor, size: int) -> Tensor:
     return parts[:, :, None].expand(-1, -1, size).flatten(1)
 
 
+def _narrow(score: Tensor, adjusted: Tensor, parent: Tensor, token: Tensor, n: int) -> Tensor:
+    """The ``n`` best, or some more, of the members ``token [B, m, size]`` of parts in rows ``parent [B, m]``."""
+
+    def keys() -> tuple[Tensor, Tensor]:
+        return pack_key(score, _members(parent, token.shape[2])), pack_key(adjusted, token.flatten(1))
+
+    return _best(score, n, keys)
+
+
 def _select(
     logits: Tensor,
     log_probs: Tensor,
@@ -118,22 +127,14 @@ def _select(
     batch, parents = log_probs.shape
     tiles = tile_max.shape[1]
     device = logits.device
-    rows = _Rows(log_probs, lse, temperature, divisor)
-
-    def narrow(score: Tensor, adjusted: Tensor, parent: Tensor, token: Tensor, n: int) -> Tensor:
-        """The ``n`` best, or some more, of the members ``token [B, m, size]`` of parts in rows ``parent [B, m]``."""
-
-        def keys() -> tuple[Tensor, Tensor]:
-            return pack_key(score, _members(parent, token.shape[2])), pack_key(adjusted, token.flatten(1))
-
-        return _best(score, n, keys)
+    rows = RowFormulas(log_probs, lse, temperature, divisor)
 
     # tiles of rows
     parent = torch.arange(parents, device=device).expand(batch, -1)
     token = torch.arange(0, tiles * TILE, TILE, device=device).expand(batch, parents, -1)  # a tile's lowest
     adjusted = rows.adjust(tile_max.view(batch, parents, tiles), parent)
     score = rows.score(rows.log_prob(adjusted, parent))
-    place = narrow(score, adjusted, parent, token, k)
+    place = _narrow(score, adjusted, parent, token, k)
     parent, tile = place // tiles, place % tiles
 
     # groups of tiles
@@ -141,7 +142,7 @@ def _select(
     token = (tile * TILE)[:, :, None] + torch.arange(GROUPS, device=device)  # a group's lowest
     adjusted = rows.adjust(x, parent)
     score = rows.score(rows.log_prob(adjusted, parent))
-    place = narrow(score, adjusted, parent, token, k + GROUPS - 1)
+    place = _narrow(score, adjusted, parent, token, k + GROUPS - 1)
     parent, lowest = parent.gather(1, place // GROUPS), token.flatten(1).gather(1, place)
 
     # elements of groups
@@ -156,10 +157,20 @@ def _select(
         barred |= token == excluded
     x = logits[row, inside]
     barred |= x != x  # NaN counts as -inf
-    adjusted = rows.adjust(x.masked_fill_(barred, -torch.inf), parent)
+    return best_elements(rows, x.masked_fill_(barred, -torch.inf), parent, token, k)
+
+
+def best_elements(
+    rows: RowFormulas, x: Tensor, parent: Tensor, token: Tensor, k: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The ``k`` best tokens ``[B, n, m]`` of logits ``x [B, n, m]`` in rows ``parent [B, n]``, in the total order.
+
+    Returns log-probabilities, parents, tokens and adjusted logits, ``[B, k]`` each.
+    """
+    adjusted = rows.adjust(x, parent)
     log_prob = rows.log_prob(adjusted, parent)
     score = rows.score(log_prob)
-    place = narrow(score, adjusted, parent, token, k)
+    place = _narrow(score, adjusted, parent, token, k)
     parent, token = parent.gather(1, place // token.shape[2]), token.flatten(1).gather(1, place)
     score, adjusted, log_prob = (field.gather(1, place) for field in (score, adjusted, log_prob))
     order = _in_order(score, adjusted, parent, token)[:, :k]
@@ -234,6 +245,18 @@ def flatten_rows(logits: Tensor) -> Tensor:
     return logits.detach().flatten(0, -2)
 
 
+def check_parents(rows: Tensor, log_probs: Tensor, divisor: Tensor | None) -> None:
+    """Check what says which rows ``[B * P, V]`` are expanded, and how their candidates rank."""
+    check_dtype("log_probs", log_probs, torch.float32)
+    check_shape("log_probs", log_probs, "[B, P]", None, None)
+    if log_probs.numel() != rows.shape[0]:
+        raise ValueError(f"log_probs: expected one per row of logits, {rows.shape[0]}, got {list(log_probs.shape)}")
+    if divisor is not None:
+        check_dtype("divisor", divisor, torch.float32)
+        check_shape("divisor", divisor, "[B]", log_probs.shape[0])
+    check_same_device(logits=rows, log_probs=log_probs, divisor=divisor)
+
+
 def top_candidates(
     logits: Tensor,
     log_probs: Tensor,
@@ -271,15 +294,8 @@ def top_candidates(
     rows = flatten_rows(logits)
     vocab_size = check_rows(rows, vocab_size, bitmask, temperature)
     check_range("k", k, 1)
-    check_dtype("log_probs", log_probs, torch.float32)
-    check_shape("log_probs", log_probs, "[B, P]", None, None)
-    if log_probs.numel() != rows.shape[0]:
-        raise ValueError(f"log_probs: expected one per row of logits, {rows.shape[0]}, got {list(log_probs.shape)}")
-    if divisor is not None:
-        check_dtype("divisor", divisor, torch.float32)
-        check_shape("divisor", divisor, "[B]", log_probs.shape[0])
+    check_parents(rows, log_probs, divisor)
     check_candidates(rows, active, exclude)
-    check_same_device(logits=rows, log_probs=log_probs, divisor=divisor)
     log_probs = log_probs.detach().contiguous()
     temperature, active, exclude = contiguous(temperature), contiguous(active), contiguous(exclude)
     renormalize = check_normalize(normalize)

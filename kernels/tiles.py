@@ -1,4 +1,9 @@
-"""How a row of logits is cut: tiles of 2048 tokens, each of 64 strided groups of 32. See kernels/summary.py."""
+"""How a row of logits is cut: tiles of 2048 tokens, each of 64 strided groups of 32. See kernels/summary.py.
+
+A tile's sum is a fixed binary tree over its 2048 tokens: token ``r * 64 + c`` is added to the one whose ``r`` differs
+in bit 4, then 3, 2, 1, 0, and then to the one whose ``c`` differs in bit 0, then 1, 2, 3, 4, 5. :func:`place` numbers
+the tokens so that the tree merges neighbours: at level l, those whose places differ in bit l.
+"""
 
 from typing import NamedTuple
 
@@ -22,3 +27,14 @@ class Tiles(NamedTuple):
 def tiles_of(vocab_size: int) -> int:
     """Number of tiles of a row."""
     return (vocab_size + TILE - 1) // TILE
+
+
+def place(tokens: Tensor) -> Tensor:
+    """Where the tree of sums has ``tokens``, any integer dtype, none negative: its order of a state's edges.
+
+    ``(token // 2048) * 2048 + (token % 64) * 32 + r``, with ``r`` the five bits of ``(token % 2048) // 64`` reversed.
+    """
+    inside = tokens % TILE
+    row = inside // GROUPS
+    reversed_row = ((row & 1) << 4) | ((row & 2) << 2) | (row & 4) | ((row & 8) >> 2) | (row >> 4)
+    return tokens - inside + (inside % GROUPS) * GROUP_SIZE + reversed_row

@@ -1,0 +1,79 @@
+"""The exact best ``k`` of the listed tokens of each request: bitwise what ``select`` finds with their bitmask."""
+
+import torch
+from torch import Tensor
+
+from .automaton import allowed_edges
+from .bitmask import bits_at
+from .registration import register
+from .select import RowFormulas, best_elements
+
+
+def _select_listed(
+    indptr: Tensor,
+    tokens: Tensor,
+    targets: Tensor | None,
+    reach: Tensor,
+    states: Tensor,
+    window: Tensor | None,
+    logits: Tensor,
+    log_probs: Tensor,
+    lse: Tensor,
+    vocab_size: int,
+    k: int,
+    bitmask: Tensor | None,
+    temperature: Tensor | None,
+    divisor: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The torch definition."""
+    batch, parents = log_probs.shape
+    expanded = (log_probs.view(-1) > -torch.inf) & lse.isfinite()
+    rows, edges = allowed_edges(indptr, targets, reach, states.masked_fill(~expanded, -1), window)
+    listed = tokens[edges].long()
+    if bitmask is not None:
+        kept = bits_at(bitmask, rows, listed)
+        rows, listed = rows[kept], listed[kept]
+    # one line a request: the edges of all its parents, one after the other
+    request = rows // parents
+    count = torch.bincount(request, minlength=batch)
+    width = max(1, int(count.amax())) if batch else 1
+    position = request * width + torch.arange(rows.shape[0], device=rows.device) - (count.cumsum(0) - count)[request]
+    x = logits.new_full((batch, width), -torch.inf)
+    x.view(-1)[position] = logits[rows, listed]
+    parent, token = (rows.new_zeros(batch, width) for _ in range(2))
+    parent.view(-1)[position] = rows - request * parents
+    token.view(-1)[position] = listed
+    x.masked_fill_(x != x, -torch.inf)  # NaN counts as -inf
+    formulas = RowFormulas(log_probs, lse, temperature, divisor)
+    return best_elements(formulas, x[:, :, None], parent, token[:, :, None], k)
+
+
+def _fake_select_listed(
+    indptr: Tensor,
+    tokens: Tensor,
+    targets: Tensor | None,
+    reach: Tensor,
+    states: Tensor,
+    window: Tensor | None,
+    logits: Tensor,
+    log_probs: Tensor,
+    lse: Tensor,
+    vocab_size: int,
+    k: int,
+    bitmask: Tensor | None,
+    temperature: Tensor | None,
+    divisor: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    floats = log_probs.new_empty(log_probs.shape[0], k)
+    ids = floats.new_empty(floats.shape, dtype=torch.int64)
+    return floats, ids, torch.empty_like(ids), torch.empty_like(floats)
+
+
+select_listed_op = register(
+    "select_listed(Tensor indptr, Tensor tokens, Tensor? targets, Tensor reach, Tensor states, Tensor? window, "
+    "Tensor logits, Tensor log_probs, Tensor lse, SymInt vocab_size, SymInt k, Tensor? bitmask, Tensor? temperature, "
+    "Tensor? divisor) -> (Tensor, Tensor, Tensor, Tensor)",
+    _select_listed,
+    _fake_select_listed,
+    "listed_select",
+)
