@@ -3,6 +3,7 @@
 from flashbeam.kernels import FLAG_DEAD_END, FLAG_INEXACT, FLAG_INF, FLAG_NAN
 
 from .cache import reorder
+from .constraint import AllOf
 from .decode import decode
 from .estimate import estimate, weights
 from .hypotheses import Hypotheses
@@ -31,6 +32,7 @@ __all__ = [
     "FLAG_INF",
     "FLAG_NAN",
     "GNMT",
+    "AllOf",
     "Arithmetic",
     "BeamSearch",
     "ConditionalPoisson",

@@ -6,12 +6,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from flashbeam.kernels import Moves, advance_chosen_, advance_in_place_, advance_pool_, pack_bitmask
+from flashbeam.kernels import Moves, advance_chosen_, advance_in_place_, advance_pool_
 
 from .arguments import PerRequest, positive_number, token_ids, whole_number
-from .cache import reorder
-from .checks import as_bitmask, as_rows
-from .constraint import Constraint
+from .constraint import as_constraint
+from .expansion import expand, reject_unaccepted
 from .hypotheses import Hypotheses, collect
 from .scoring import LengthPower, Scoring, as_scoring, check_norms
 from .selection import Decided, Expansion, Ranked, Selection, TopK
@@ -47,7 +46,8 @@ class BeamSearch:
         finished: ``"pool"``: a finished hypothesis leaves the beam; ``"in_place"``: it stays in its slot and competes;
             ``None``: what the selection asks for.
         selection: how the next beams are chosen; ``fb.TopK()``.
-        constraint: what may follow, see :class:`flashbeam.constraint.Constraint`.
+        constraint: what may follow: ``fb.Trie(items)``, ``fb.Phrases(phrases)``, ..., ``fb.AllOf(a, b)`` or one of your
+            own (:class:`flashbeam.constraint.Constraint`); ``None``: anything [B].
         normalize: ``"vocab"``: what is banned keeps its share of the probability; ``"allowed"``: renormalise.
         temperature: divides the logits, above 0 [B].
         vocab_size: columns of the logits from here on are padding; ``None``: there are none.
@@ -68,7 +68,7 @@ class BeamSearch:
         stopping: Stopping | None = None,
         finished: str | None = None,
         selection: Selection | None = None,
-        constraint: Constraint | None = None,
+        constraint: Any = None,
         normalize: str = "vocab",
         temperature: Any = 1.0,
         vocab_size: int | None = None,
@@ -87,9 +87,7 @@ class BeamSearch:
         self.stopping = FirstFinished() if stopping is None else stopping
         if not isinstance(self.stopping, Stopping) or isinstance(self.stopping, type):
             raise TypeError(f"stopping: expected a rule such as fb.FirstFinished(), got {stopping!r}")
-        if constraint is not None and (not isinstance(constraint, Constraint) or isinstance(constraint, type)):
-            raise TypeError(f"constraint: expected a constraint, got {constraint!r}")
-        self.constraint = constraint
+        self.constraint: PerRequest[Any] = PerRequest("constraint", constraint, as_constraint)
         if normalize not in ("vocab", "allowed"):
             raise ValueError(f"normalize: expected 'vocab' or 'allowed', got {normalize!r}")
         self.normalize = normalize
@@ -134,7 +132,8 @@ class BeamSearch:
 
     def per_request(self) -> tuple[PerRequest[Any], ...]:
         """The arguments that may differ by request."""
-        return self.beam_size, self.max_length, self.min_length, self.temperature, self.length_penalty
+        numbers = self.beam_size, self.max_length, self.min_length, self.temperature, self.length_penalty
+        return (*numbers, self.constraint)
 
     @staticmethod
     def _broadcast(*arguments: PerRequest[Any]) -> tuple[list[Any], ...]:
@@ -176,52 +175,19 @@ class BeamSearch:
         Raises:
             ValueError, TypeError: ``<argument>: expected X, got Y``.
         """
-        rows, vocab_size = as_rows(state, logits, self.vocab_size, self.eos_ids)
-        mask: Tensor | None = None
-        if bitmask is not None:
-            mask = as_bitmask(state, bitmask, rows.shape[0], vocab_size)
-        first, given = state.vocab_size is None, rows.shape[0] // state.batch_size
-        constraint_state, without_eos = self._begun(state, vocab_size)
-        if self.constraint is not None:
-            ours = self.constraint.bitmask(constraint_state)
-            ours = as_bitmask(state, ours, state.batch_size * state.beam_size, vocab_size, "constraint's bitmask")
-            if given != state.beam_size:
-                ours = ours.unflatten(0, (state.batch_size, -1))[:, 0]
-            mask = ours if mask is None else ours & mask
-        if first and state.groups > 1:  # every group starts from the request's one row
-            rows = rows[::given].repeat_interleave(state.groups, 0)
-            mask = None if mask is None else mask[::given].repeat_interleave(state.groups, 0)
-        allowed = self._without_banned_eos(state, without_eos, mask, rows.shape[0])
-        if self._renormalizes():
-            mask = allowed
-        parents = rows.shape[0] // state.requests.done.shape[0]
-        expansion = Expansion(
-            logits=rows,
-            active=state.slots.active[:, :parents].flatten(),
-            bitmask=mask,
-            allowed=allowed,
-            temperature=None if state.temperature is None else state.temperature[:, :parents].flatten(),
-            eos=state.eos,
-            divisor=self._next_norm(state) if state.in_place and self.selection.seed is None else None,
-            normalize=self.normalize,
-            vocab_size=vocab_size,
-            pad_id=self.pad_id,
-            slots=state.slots,
-            draws=state.draws,
-            requests=state.requests,
-            limits=state.limits,
-            request_ids=state.request_ids,
-            seed=state.seed,
-            first=first,
-        )
-        selected = self.selection.select(expansion, state.slots.log_probs.shape[1])
+        found = expand(self, state, logits, bitmask)
+        selected = self.selection.select(found.expansion, state.slots.log_probs.shape[1])
         # nothing can be refused from here on: what follows changes the state
-        state.vocab_size, state.constraint_state, state.without_eos = logits.shape[-1], constraint_state, without_eos
-        step = self._step_of_groups(state, self._advance(state, expansion, selected), given if first else None)
-        if self.constraint is not None:
+        state.vocab_size, state.without_eos = found.columns, found.without_eos
+        state.constraint, state.constraint_state = found.constraint, found.constraint_state
+        step = self._step_of_groups(state, self._advance(state, found.expansion, selected), found.given)
+        if state.constraint is not None:
             first_slot = torch.arange(0, state.batch_size * state.beam_size, state.beam_size, device=state.device)
-            moved = reorder(state.constraint_state, (step.parents + first_slot[:, None]).flatten())
-            state.constraint_state = self.constraint.advance(moved, step.tokens.flatten())
+            rows = (step.parents + first_slot[:, None]).flatten()
+            state.constraint_state = state.constraint.move(state.constraint_state, rows, step.tokens.flatten())
+            accepted = state.constraint.accepts(state.constraint_state)
+            if accepted is not None:
+                step = step._replace(valid=step.valid & ~reject_unaccepted(state, accepted))
         return step
 
     def _advance(self, state: State, expansion: Expansion, selected: Ranked | Decided) -> Moves:
@@ -273,38 +239,6 @@ class BeamSearch:
         rows = moves.source_rows if given is None else moves.source_rows // state.groups * given
         parents = (moves.parents + shift).view(shape)
         return Step(moves.tokens.view(shape), parents, rows, moves.valid.view(shape))
-
-    def _begun(self, state: State, vocab_size: int) -> tuple[Any, Tensor | None]:
-        """The constraint's state and, where needed, the bitmask of every token but EOS: made at the first step."""
-        if state.vocab_size is not None:
-            return state.constraint_state, state.without_eos
-        constraint_state, without_eos = None, None
-        if self.constraint is not None:
-            constraint_state = self.constraint.init(state.batch_size, state.beam_size, vocab_size, state.device)
-        weighs = self.selection.weighs or self._renormalizes()
-        if weighs and state.eos is not None and max(self.min_length.values) > 0:
-            tokens = torch.arange(vocab_size, device=state.device)
-            without_eos = pack_bitmask((tokens[:, None] != state.eos).all(1))
-        return constraint_state, without_eos
-
-    def _renormalizes(self) -> bool:
-        """Whether what is banned is no part of the distribution."""
-        return self.normalize == "allowed" or self.selection.seed is not None
-
-    def _without_banned_eos(
-        self, state: State, without_eos: Tensor | None, mask: Tensor | None, rows: int
-    ) -> Tensor | None:
-        """The bitmask with EOS taken out where ``min_length`` bans it, for those who renormalise or weigh the rest."""
-        if without_eos is None:
-            return mask
-        banned = state.requests.steps + 1 < state.limits.min_length
-        banned = banned.repeat_interleave(rows // banned.shape[0])
-        allowed = torch.where(banned[:, None], without_eos, torch.full_like(without_eos, -1))
-        return allowed if mask is None else allowed & mask[:, : allowed.shape[1]]
-
-    def _next_norm(self, state: State) -> Tensor:
-        length = (state.requests.steps + 1).clamp(max=state.limits.length_norm.shape[1] - 1).long()
-        return state.limits.length_norm.gather(1, length[:, None])[:, 0]
 
     def finalize(self, state: State, num_hypotheses: int | None = None) -> Hypotheses:
         """The n-best of each request. May be called at any time; beams still live then compete as they are.

@@ -26,7 +26,7 @@ def start(
     """See ``BeamSearch.init``. A group of a beam is kept as a request of its own."""
     whole_number(1)("batch_size", batch_size)
     groups, seed = search.selection.groups, search.selection.seed
-    widths, max_lengths, min_lengths, temperatures, scorings = (
+    widths, max_lengths, min_lengths, temperatures, scorings, _ = (
         [value for value in argument.of_batch(batch_size) for _ in range(groups)] for argument in search.per_request()
     )
     if seed is not None:  # what is sampled is not ranked by length

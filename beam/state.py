@@ -10,6 +10,7 @@ from torch import Tensor
 
 from flashbeam.kernels import Draws, History, Limits, Pool, Requests, Slots
 
+from .constraint import Bound
 from .hypotheses import Hypotheses, collect
 from .selection import Selection
 
@@ -36,6 +37,7 @@ class State:
     selection: Selection
     in_place: bool  # finished hypotheses stay in their slots
     pad_id: int
+    constraint: Bound | None = None  # bound to this batch at the first step
     constraint_state: Any = None  # a nest of tensors, rows first
     vocab_size: int | None = None  # known from the first logits on
     without_eos: Tensor | None = None  # int32 [ceil(V / 32)], a bitmask of every token but EOS
@@ -97,7 +99,7 @@ def _cloned(value: Any) -> Any:
     """A nest with every tensor in it cloned."""
     if isinstance(value, Tensor):
         return value.clone()
-    if isinstance(value, Selection):  # settings
+    if isinstance(value, (Selection, Bound)):  # settings
         return value
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         return type(value)(*map(_cloned, value))

@@ -1,5 +1,6 @@
 """What may be generated."""
 
-from .protocol import Constraint
+from .binding import AllOf, as_constraint, bind
+from .protocol import Banks, Bound, Constraint, Context, Proposed
 
-__all__ = ["Constraint"]
+__all__ = ["AllOf", "Banks", "Bound", "Constraint", "Context", "Proposed", "as_constraint", "bind"]

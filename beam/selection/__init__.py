@@ -5,7 +5,7 @@ from .conditional_poisson import ConditionalPoisson
 from .diverse_groups import DiverseGroups
 from .diverse_siblings import DiverseSiblings
 from .dynamic_width import DynamicWidth
-from .protocol import Decided, Expansion, Ranked, Selection
+from .protocol import Decided, Expansion, Ranked, Selection, Veto
 from .sample import Sample
 from .stochastic import Stochastic
 from .topk import TopK
@@ -23,4 +23,5 @@ __all__ = [
     "Selection",
     "Stochastic",
     "TopK",
+    "Veto",
 ]

@@ -1,10 +1,20 @@
 """What a selection rule is given and must return."""
 
+from collections.abc import Callable
 from typing import NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor
 
-from flashbeam.kernels import Candidates, Choice, Draws, Limits, Requests, Slots
+from flashbeam.kernels import Candidates, Choice, Draws, Limits, Listed, Requests, Slots
+
+from ..constraint import Banks, Proposed
+
+
+class Veto(NamedTuple):
+    """Who is asked about the best candidates."""
+
+    ask: Callable[[Proposed], Tensor]  # bool [B, M], set where a candidate must not be taken
+    considers: int  # M, how many it sees; 0 if that is left to the rule
 
 
 class Expansion(NamedTuple):
@@ -28,6 +38,10 @@ class Expansion(NamedTuple):
     request_ids: Tensor  # int64 [B]
     seed: Tensor  # int64 [1]
     first: bool  # the requests' first step: slot 0 is the only one to expand
+    # of a constraint, for rules whose ``uses`` names them
+    listed: Listed | None = None  # what may follow as a list; the bitmask bars more
+    banks: Banks | None = None
+    veto: Veto | None = None
 
     @property
     def parents(self) -> int:
@@ -39,7 +53,8 @@ class Ranked(NamedTuple):
     """Candidates that are not EOS, still to be ranked with the EOS candidates and, in place, the frozen ones."""
 
     candidates: Candidates
-    end_penalty: Tensor | None = None  # float32 [B, P * n_eos], taken from the scores of EOS candidates
+    end_penalty: Tensor | None = None  # float32 [B, P * n_eos], taken from the scores of EOS candidates; +inf bars one
+    finishing: Tensor | None = None  # bool [B, P * n_eos], EOS candidates that finish, if not those among the K best
 
 
 class Decided(NamedTuple):
@@ -51,7 +66,10 @@ class Decided(NamedTuple):
 
 @runtime_checkable
 class Selection(Protocol):
-    """A rule that picks ``k`` candidates per request. Plain class attributes will do for the properties."""
+    """A rule that picks ``k`` candidates per request. Plain class attributes will do for the properties.
+
+    A rule may have ``uses``, a tuple of what else of a constraint it can make use of: ``"lists"``, ``"banks"``, ``"veto"``.
+    """
 
     @property
     def regimes(self) -> tuple[str, ...]:

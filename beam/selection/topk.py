@@ -1,34 +1,58 @@
 """The best candidates: beam search as everyone knows it."""
 
 from dataclasses import dataclass
+from typing import Any
 
-from flashbeam.kernels import top_candidates
+import torch
 
-from .protocol import Expansion, Ranked
+from flashbeam.kernels import top_candidates, top_listed
+
+from .protocol import Decided, Expansion, Ranked
+from .vetoed import vetoed
 
 
 @dataclass(frozen=True)
 class TopK:
-    """Keep the candidates with the best scores, in the total order (docs/concepts.md)."""
+    """Keep the candidates with the best scores, in the total order (docs/concepts.md).
+
+    With ``fb.Phrases`` beams of every progress are kept, the best of each in turn; with a constraint that vetoes, the
+    best that it lets pass.
+    """
 
     regimes = ("pool", "in_place")
     seed = None
     reports = ()
     weighs = False
     groups = 1
+    uses = ("lists", "banks", "veto")
 
-    def select(self, expansion: Expansion, k: int) -> Ranked:
+    def select(self, expansion: Expansion, k: int) -> Ranked | Decided:
         """See :class:`flashbeam.selection.Selection`."""
-        best = top_candidates(
-            expansion.logits,
-            expansion.slots.log_probs[:, : expansion.parents],
-            k,
-            bitmask=expansion.bitmask,
-            temperature=expansion.temperature,
-            active=expansion.active,
-            exclude=expansion.eos,
-            divisor=expansion.divisor,
-            normalize=expansion.normalize,
-            vocab_size=expansion.vocab_size,
-        )
-        return Ranked(best)
+        if expansion.banks is not None:
+            from .banked import banked
+
+            return banked(expansion, k)
+        if expansion.veto is not None:
+            return vetoed(expansion, expansion.veto, k, best)
+        return best(expansion, k)
+
+
+def best(expansion: Expansion, count: int) -> Ranked:
+    """The ``count`` best candidates that are not EOS: of lists where there are some, else of whole rows."""
+    options: dict[str, Any] = {
+        "bitmask": expansion.bitmask,
+        "temperature": expansion.temperature,
+        "active": expansion.active,
+        "divisor": expansion.divisor,
+        "normalize": expansion.normalize,
+        "vocab_size": expansion.vocab_size,
+    }
+    log_probs = expansion.slots.log_probs[:, : expansion.parents]
+    listed = expansion.listed
+    if listed is None:
+        return Ranked(top_candidates(expansion.logits, log_probs, count, exclude=expansion.eos, **options))
+    found = top_listed(expansion.logits, log_probs, count, listed, ends=expansion.eos, **options)
+    if expansion.eos is None or listed.may_end is None:
+        return Ranked(found)
+    barred = torch.where(listed.may_end, 0.0, torch.inf).view_as(log_probs)
+    return Ranked(found, barred.repeat_interleave(expansion.eos.shape[0], 1))

@@ -1,0 +1,158 @@
+"""From logits, masks and the constraint to what a selection rule is given: the rows to expand and what may follow."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from flashbeam.kernels import FLAG_DEAD_END, pack_bitmask
+
+from .cache import reorder
+from .checks import as_bitmask, as_rows
+from .constraint import Bound, Context, bind
+from .selection import Expansion, Veto
+
+if TYPE_CHECKING:
+    from .search import BeamSearch
+    from .state import State
+
+
+class Expanded(NamedTuple):
+    """What a step has found out before it changes anything."""
+
+    expansion: Expansion
+    columns: int  # of the logits
+    constraint: Bound | None
+    constraint_state: Any  # of the B * K slots
+    without_eos: Tensor | None
+    given: int | None  # rows per request that were repeated for the groups of a beam; None at later steps
+
+
+def expand(search: BeamSearch, state: State, logits: Tensor, bitmask: Tensor | None) -> Expanded:
+    """Check what a step is given and say what may follow. Changes nothing."""
+    rows, vocab_size = as_rows(state, logits, search.vocab_size, search.eos_ids)
+    mask = None if bitmask is None else as_bitmask(state, bitmask, rows.shape[0], vocab_size)
+    first, given = state.vocab_size is None, rows.shape[0] // state.batch_size
+    constraint, slots_state, without_eos = _begun(search, state, vocab_size)
+    if first and state.groups > 1:  # every group starts from the request's one row
+        rows = rows[::given].repeat_interleave(state.groups, 0)
+        mask = None if mask is None else mask[::given].repeat_interleave(state.groups, 0)
+
+    listed, banks, veto = None, None, None
+    if constraint is not None:
+        now = slots_state
+        per_request = rows.shape[0] // state.batch_size
+        if per_request != state.beam_size:  # before the first token: all slots are alike
+            index = torch.arange(0, rows.shape[0] * state.beam_size, state.beam_size, device=state.device)
+            now = reorder(slots_state, index // per_request)
+        rows = constraint.adjust(now, rows)
+        uses = getattr(search.selection, "uses", ())
+        if "banks" in uses:
+            banks = constraint.banks(now)
+        if "lists" in uses and banks is None:
+            listed, ours = constraint.listed(now)
+        else:
+            ours = constraint.bitmask(now)
+        if ours is not None:
+            ours = as_bitmask(state, ours, rows.shape[0], vocab_size, "constraint's bitmask")
+            mask = ours if mask is None else ours & mask
+        if constraint.considers is not None:
+            veto = Veto(partial(constraint.veto, now), constraint.considers)
+
+    renormalizes = _renormalizes(search)
+    allowed = mask if listed is not None else _without_banned_eos(state, without_eos, mask, rows.shape[0])
+    parents = rows.shape[0] // state.requests.done.shape[0]
+    expansion = Expansion(
+        logits=rows,
+        active=state.slots.active[:, :parents].flatten(),
+        bitmask=allowed if renormalizes else mask,
+        allowed=allowed,
+        temperature=None if state.temperature is None else state.temperature[:, :parents].flatten(),
+        eos=state.eos,
+        divisor=_next_norm(state) if state.in_place and search.selection.seed is None else None,
+        normalize=search.normalize,
+        vocab_size=vocab_size,
+        pad_id=search.pad_id,
+        slots=state.slots,
+        draws=state.draws,
+        requests=state.requests,
+        limits=state.limits,
+        request_ids=state.request_ids,
+        seed=state.seed,
+        first=first,
+        listed=listed,
+        banks=banks,
+        veto=veto,
+    )
+    return Expanded(expansion, logits.shape[-1], constraint, slots_state, without_eos, given if first else None)
+
+
+def _begun(search: BeamSearch, state: State, vocab_size: int) -> tuple[Bound | None, Any, Tensor | None]:
+    """The constraint, its state and, where needed, the bitmask of every token but EOS: made at the first step."""
+    if state.vocab_size is not None:
+        return state.constraint, state.constraint_state, state.without_eos
+    batch = state.batch_size
+    context = Context(
+        batch_size=batch,
+        beam_size=state.beam_size,
+        vocab_size=vocab_size,
+        device=state.device,
+        eos=tuple(search.eos_ids),
+        min_lengths=tuple(search.min_length.of_batch(batch)),
+        max_lengths=tuple(search.max_length.of_batch(batch)),
+    )
+    constraint = bind(search.constraint.of_batch(batch), context)
+    if (
+        constraint is not None
+        and constraint.considers is not None
+        and "veto" not in getattr(search.selection, "uses", ())
+    ):
+        name = type(search.selection).__name__
+        raise ValueError(
+            f"constraint: expected masks only with fb.{name}, which weighs all that is allowed, got a veto"
+        )
+    without_eos = None
+    weighs = search.selection.weighs or _renormalizes(search)
+    if weighs and state.eos is not None and max(search.min_length.values) > 0:
+        tokens = torch.arange(vocab_size, device=state.device)
+        without_eos = pack_bitmask((tokens[:, None] != state.eos).all(1))
+    return constraint, None if constraint is None else constraint.init(), without_eos
+
+
+def _renormalizes(search: BeamSearch) -> bool:
+    """Whether what is banned is no part of the distribution."""
+    return search.normalize == "allowed" or search.selection.seed is not None
+
+
+def _without_banned_eos(state: State, without_eos: Tensor | None, mask: Tensor | None, rows: int) -> Tensor | None:
+    """The bitmask with EOS taken out where ``min_length`` bans it, for those who renormalise or weigh the rest."""
+    if without_eos is None:
+        return mask
+    banned = state.requests.steps + 1 < state.limits.min_length
+    banned = banned.repeat_interleave(rows // banned.shape[0])
+    allowed = torch.where(banned[:, None], without_eos, torch.full_like(without_eos, -1))
+    return allowed if mask is None else allowed & mask[:, : allowed.shape[1]]
+
+
+def _next_norm(state: State) -> Tensor:
+    length = (state.requests.steps + 1).clamp(max=state.limits.length_norm.shape[1] - 1).long()
+    return state.limits.length_norm.gather(1, length[:, None])[:, 0]
+
+
+def reject_unaccepted(state: State, accepted: Tensor) -> Tensor:
+    """What ends at ``max_length`` without EOS, and is not ``accepted [B * K]``, is no hypothesis.
+
+    Returns bool ``[B, K]``: the slots that were emptied. A request left with nothing is a dead end.
+    """
+    slots, requests = state.slots, state.requests
+    at_end = (requests.steps == state.limits.max_length)[:, None]
+    held = slots.log_probs > -torch.inf
+    rejected = at_end & held & ~slots.ended & ~accepted.view(held.shape)
+    for field in (slots.log_probs, slots.scores, state.draws.sampling_log_probs):
+        field.masked_fill_(rejected, -torch.inf)
+    nothing = ~(held & ~rejected).any(1) & ~(state.pool.log_probs > -torch.inf).any(1)
+    requests.flags.bitwise_or_((rejected.any(1) & nothing).int() * FLAG_DEAD_END)
+    return rejected.view(state.batch_size, state.beam_size)
