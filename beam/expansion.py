@@ -105,15 +105,10 @@ def _begun(search: BeamSearch, state: State, vocab_size: int) -> tuple[Bound | N
         max_lengths=tuple(search.max_length.of_batch(batch)),
     )
     constraint = bind(search.constraint.of_batch(batch), context)
-    if (
-        constraint is not None
-        and constraint.considers is not None
-        and "veto" not in getattr(search.selection, "uses", ())
-    ):
+    vetoes = constraint is not None and constraint.considers is not None
+    if vetoes and "veto" not in getattr(search.selection, "uses", ()):
         name = type(search.selection).__name__
-        raise ValueError(
-            f"constraint: expected masks only with fb.{name}, which weighs all that is allowed, got a veto"
-        )
+        raise ValueError(f"constraint: expected one without a veto for fb.{name}, got one that vetoes")
     without_eos = None
     weighs = search.selection.weighs or _renormalizes(search)
     if weighs and state.eos is not None and max(search.min_length.values) > 0:

@@ -144,6 +144,8 @@ def _fill(
             step.strip(logits, bitmask, slice(start, stop), tiles, slice(tiles.start * TILE, tiles.stop * TILE))
         if tail:
             step.strip(logits, bitmask, slice(start, stop), slice(whole, whole + 1), slice(whole * TILE, vocab_size))
+    for start, stop in spans:
+        add_columns(step.columns[start:stop], step.out.tile_sum[start:stop])
     for field, found in zip(out, step.out, strict=True):
         if field is not found:
             field.copy_(found)

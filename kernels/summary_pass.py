@@ -11,6 +11,26 @@ MOST = torch.finfo(torch.float32).max
 BLOCK_TILES = 512  # 4 MB of float32; measured best of 64 to 1024: larger operations win until the cache is full
 
 
+def add_rows(x: Tensor, out: Tensor) -> None:
+    """The first five levels of the tree of kernels/tiles.py: ``x [..., r, 64]``, overwritten, to ``out [..., 64]``."""
+    for half in (16, 8, 4, 2):
+        rows = x.shape[-2]
+        if rows > half:  # what the last tile lacks would be zeros
+            x[..., : rows - half, :].add_(x[..., half:, :])
+            x = x[..., :half, :]
+    if x.shape[-2] == 2:
+        torch.add(x[..., 0, :], x[..., 1, :], out=out)
+    else:
+        out.copy_(x[..., 0, :])
+
+
+def add_columns(x: Tensor, out: Tensor) -> None:
+    """The last six levels: ``x [..., 64]`` to ``out [...]``."""
+    while x.shape[-1] > 2:
+        x = x[..., ::2] + x[..., 1::2]
+    torch.add(x[..., 0], x[..., 1], out=out)
+
+
 class Pass:
     """One run of the torch definition over some rows: where it writes, and the workspace its blocks share."""
 
@@ -21,6 +41,7 @@ class Pass:
             self.out = self.out._replace(tile_ref=self.out.tile_max)
         self.temperature = temperature
         self.renormalize = renormalize
+        self.columns = out.tile_sum.new_empty(*out.tile_sum.shape, GROUPS)  # sums of exponentials, rows added up
         self.mass = mass
         # also what lies behind a block is exponentiated, and never looked at
         numel = min(BLOCK_TILES * TILE, out.group_max.numel() * GROUP_SIZE)
@@ -30,7 +51,8 @@ class Pass:
         """Summarise ``tiles``, which are ``tokens``, of ``rows``: as many rows at a time as make a block."""
         count = tiles.stop - tiles.start
         size = max(1, BLOCK_TILES // count)
-        fields = [field[rows, tiles].split(size) for field in (self.out if self.mass else self.out[:4])]
+        written = self.out._replace(tile_sum=self.columns)
+        fields = [field[rows, tiles].split(size) for field in (written if self.mass else written[:4])]
         missing = -(tokens.stop - tokens.start) % GROUPS  # the last tile is filled up to whole groups
         for number, x in enumerate(logits[rows, tokens].split(size)):
             block = slice(rows.start + number * size, rows.start + number * size + x.shape[0])
@@ -46,7 +68,7 @@ class Pass:
 
     def block(self, x: Tensor, allowed: Tensor | None, rows: slice, out: list[Tensor]) -> None:
         """Summarise ``x [n, t, r, 64]`` of ``rows``; ``allowed`` is bool of the same shape."""
-        group_max, tile_max, tile_ref, tile_sum, *mass = out
+        group_max, tile_max, tile_ref, columns, *mass = out
         scale: Tensor | float = LOG2E
         if self.temperature is not None:
             scale = (LOG2E / self.temperature[rows]).view(-1, 1, 1, 1)
@@ -62,7 +84,7 @@ class Pass:
         if candidates is not x:
             values = self._float(x)
             torch.amax(values, (2, 3), out=tile_ref)
-        torch.sum(self._exp(values, tile_ref[:, :, None, None], scale).flatten(2), -1, out=tile_sum)
+        add_rows(self._exp(values, tile_ref[:, :, None, None], scale), columns)
 
     def _float(self, x: Tensor) -> Tensor:
         """``x`` as float32: itself, or in the workspace."""

@@ -15,8 +15,8 @@ from .protocol import Banks, Bound, Constraint, Context, Proposed
 class AllOf:
     """Everything that each of the constraints asks for.
 
-    ``fb.AllOf(fb.Trie(items), fb.NoRepeatNgram(2))``. A token is allowed where all allow it. Each looks ahead on its own,
-    so what only their conjunction rules out is found when it happens.
+    ``fb.AllOf(fb.Trie(items), fb.NoRepeatNgram(2))``. A token is allowed where all allow it. Each looks ahead on its
+    own, so what only their conjunction rules out is found when it happens.
 
     Args:
         constraints: any number of them.

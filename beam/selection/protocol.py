@@ -68,7 +68,7 @@ class Decided(NamedTuple):
 class Selection(Protocol):
     """A rule that picks ``k`` candidates per request. Plain class attributes will do for the properties.
 
-    A rule may have ``uses``, a tuple of what else of a constraint it can make use of: ``"lists"``, ``"banks"``, ``"veto"``.
+    A rule may have ``uses``: what else of a constraint it can make use of, of ``("lists", "banks", "veto")``.
     """
 
     @property

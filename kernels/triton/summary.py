@@ -20,10 +20,26 @@ TILES_PER_PROGRAM = 2  # 1 adds a twentieth of the instructions; 4 leaves most o
 
 
 @triton.jit
+def _tree_sum(x):
+    """The sum of ``x [R, C]`` in the order of kernels/tiles.py; of two numbers a sum has no order."""
+    x = tl.sum(tl.reshape(x, [2, 16, 64]), 0)
+    x = tl.sum(tl.reshape(x, [2, 8, 64]), 0)
+    x = tl.sum(tl.reshape(x, [2, 4, 64]), 0)
+    x = tl.sum(tl.reshape(x, [2, 2, 64]), 0)
+    x = tl.sum(x, 0)
+    x = tl.sum(tl.reshape(x, [32, 2]), 1)
+    x = tl.sum(tl.reshape(x, [16, 2]), 1)
+    x = tl.sum(tl.reshape(x, [8, 2]), 1)
+    x = tl.sum(tl.reshape(x, [4, 2]), 1)
+    x = tl.sum(tl.reshape(x, [2, 2]), 1)
+    return tl.sum(x, 0)
+
+
+@triton.jit
 def _sum_exp2(x, ref, scale):
     """sum(exp((x - ref) / temperature)) with ``scale = log2(e) / temperature``: one fma and one ex2 an element."""
     shift = ref * scale
-    total = tl.sum(tl.sum(tl.exp2(tl.fma(x, scale, -shift)), 0), 0)
+    total = _tree_sum(tl.exp2(tl.fma(x, scale, -shift)))
     error = tl.fma(-ref, scale, shift)  # exactly: shift was rounded
     # beyond about 2**29 the error outgrows the range of exponents, and the caller must take the difference first
     return tl.where(tl.abs(error) < 32.0, total * tl.exp2(error), float("nan"))
@@ -143,7 +159,7 @@ def _summarize_kernel(
                 group_max = tl.max(candidates, 0)
                 tile_max = tl.max(group_max, 0)
                 ref = tl.max(tl.max(x, 0), 0)
-                total = tl.sum(tl.sum(tl.exp2((x - _finite(ref)) * scale), 0), 0)
+                total = _tree_sum(tl.exp2((x - _finite(ref)) * scale))
                 if faults > 0:
                     total = -tl.maximum(total, 1.0)
                 if MASS:
