@@ -67,7 +67,8 @@ def bind(requests: Sequence[Any], context: Context) -> Bound | None:
             columns.setdefault((key, seen[key]), [None] * len(requests))[request] = part
     bound: list[Bound] = []
     for (key, _), parts in columns.items():
-        bound.append(key.bind(parts, context) if isinstance(key, type) else _UsersOwn(parts, context))
+        own: Callable[[list[Any], Context], Bound] = getattr(key, "bind", _UsersOwn)
+        bound.append(own(parts, context))
     return bound[0] if len(bound) == 1 else _Product(bound) if bound else None
 
 
