@@ -45,5 +45,5 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "PYTHON: expected 3.10 or newer, got " + sys.version)'
 	test -x .venv/bin/pip || $(PYTHON) -m venv .venv
 	.venv/bin/python -m pip install -c constraints.txt torch setuptools
-	.venv/bin/python -m pip install -c constraints.txt --no-build-isolation -e '.[test,bench,docs,lint]'
+	.venv/bin/python -m pip install -c constraints.txt --no-build-isolation -e '.[test,bench,docs,lint,hf,grammar]'
 	@touch $@
