@@ -42,10 +42,10 @@ def mark_bits(rows: Tensor, tokens: Tensor, marked: Tensor, size: int, vocab_siz
     The three have one shape, and the pairs that are marked are distinct.
     """
     words = words_of(vocab_size)
-    bits = marked.long() << (tokens % WORD_BITS)  # distinct, so their sum is their union
-    flat = torch.zeros(size * words, dtype=torch.int64, device=tokens.device)
-    flat.scatter_add_(0, (rows * words + tokens // WORD_BITS).flatten(), bits.flatten())
-    return flat.to(torch.int32).view(size, words)  # the lower 32 bits
+    bits = marked.int() << (tokens & 31).int()  # distinct, so their sum is their union and no partial sum overflows
+    flat = torch.zeros(size * words, dtype=torch.int32, device=tokens.device)
+    flat.scatter_add_(0, (rows * words + (tokens >> 5)).flatten(), bits.flatten())
+    return flat.view(size, words)
 
 
 def _pack(mask: Tensor) -> Tensor:
