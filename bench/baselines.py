@@ -42,6 +42,18 @@ def logsumexp_topk(logits: Tensor, log_probs: Tensor, k2: int) -> tuple[Tensor, 
     return best, index // values.shape[-1], tokens.flatten(1).gather(1, index)
 
 
+def masked_topk(logits: Tensor, log_probs: Tensor, barred: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """A constrained step as it is usually written: masked_fill, log_softmax, topk of all K * V.
+
+    ``barred`` is bool ``[B, K, V]``; what it takes to make it is not counted. Log-probabilities are those of
+    ``normalize="allowed"``; for those of the whole vocabulary the mask would follow the log_softmax, at the same cost.
+    """
+    vocab = logits.shape[-1]
+    scores = log_probs[:, :, None] + logits.float().masked_fill(barred, -math.inf).log_softmax(-1)
+    values, index = scores.flatten(1).topk(k)
+    return values, index // vocab, index % vocab
+
+
 def gumbel_topk(logits: Tensor, log_probs: Tensor, perturbed: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     """A step of stochastic beam search with noise for every logit: perturbed values ``[B, k]``, parents and tokens.
 
