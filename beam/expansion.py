@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from flashbeam.kernels import FLAG_DEAD_END, pack_bitmask
+from flashbeam.kernels import pack_bitmask
 
 from .cache import reorder
 from .checks import as_bitmask, as_rows
@@ -135,19 +135,3 @@ def _without_banned_eos(state: State, without_eos: Tensor | None, mask: Tensor |
 def _next_norm(state: State) -> Tensor:
     length = (state.requests.steps + 1).clamp(max=state.limits.length_norm.shape[1] - 1).long()
     return state.limits.length_norm.gather(1, length[:, None])[:, 0]
-
-
-def reject_unaccepted(state: State, accepted: Tensor) -> Tensor:
-    """What ends at ``max_length`` without EOS, and is not ``accepted [B * K]``, is no hypothesis.
-
-    Returns bool ``[B, K]``: the slots that were emptied. A request left with nothing is a dead end.
-    """
-    slots, requests = state.slots, state.requests
-    at_end = (requests.steps == state.limits.max_length)[:, None]
-    held = slots.log_probs > -torch.inf
-    rejected = at_end & held & ~slots.ended & ~accepted.view(held.shape)
-    for field in (slots.log_probs, slots.scores, state.draws.sampling_log_probs):
-        field.masked_fill_(rejected, -torch.inf)
-    nothing = ~(held & ~rejected).any(1) & ~(state.pool.log_probs > -torch.inf).any(1)
-    requests.flags.bitwise_or_((rejected.any(1) & nothing).int() * FLAG_DEAD_END)
-    return rejected.view(state.batch_size, state.beam_size)

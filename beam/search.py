@@ -9,8 +9,9 @@ from torch import Tensor
 from flashbeam.kernels import Moves, advance_chosen_, advance_in_place_, advance_pool_
 
 from .arguments import PerRequest, positive_number, token_ids, whole_number
+from .constrained import follow_beams
 from .constraint import as_constraint
-from .expansion import expand, reject_unaccepted
+from .expansion import expand
 from .hypotheses import Hypotheses, collect
 from .scoring import LengthPower, Scoring, as_scoring, check_norms
 from .selection import Decided, Expansion, Ranked, Selection, TopK
@@ -179,16 +180,8 @@ class BeamSearch:
         selected = self.selection.select(found.expansion, state.slots.log_probs.shape[1])
         # nothing can be refused from here on: what follows changes the state
         state.vocab_size, state.without_eos = found.columns, found.without_eos
-        state.constraint, state.constraint_state = found.constraint, found.constraint_state
         step = self._step_of_groups(state, self._advance(state, found.expansion, selected), found.given)
-        if state.constraint is not None:
-            first_slot = torch.arange(0, state.batch_size * state.beam_size, state.beam_size, device=state.device)
-            rows = (step.parents + first_slot[:, None]).flatten()
-            state.constraint_state = state.constraint.move(state.constraint_state, rows, step.tokens.flatten())
-            accepted = state.constraint.accepts(state.constraint_state)
-            if accepted is not None:
-                step = step._replace(valid=step.valid & ~reject_unaccepted(state, accepted))
-        return step
+        return step if found.constraint is None else follow_beams(state, found.constraint, found.constraint_state, step)
 
     def _advance(self, state: State, expansion: Expansion, selected: Ranked | Decided) -> Moves:
         """Carry out what was selected."""

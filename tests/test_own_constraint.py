@@ -1,12 +1,14 @@
 """Constraints of a user's own: masks, vetoes, acceptance at ``max_length``, per request, together."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
-from oracles import TableLM, enumerate_leaves
 
 import flashbeam as fb
 from flashbeam.kernels import pack_bitmask
+from oracles import TableLM, enumerate_leaves
 
 V, EOS, BOS = 5, 4, 0
 
@@ -97,7 +99,7 @@ def assert_same(got, want):
 
 
 def no_repeat(tokens, finished=True):
-    return all(a != b for a, b in zip(tokens, tokens[1:], strict=False))
+    return all(a != b for a, b in pairwise(tokens))
 
 
 @pytest.mark.parametrize("regime", ["pool", "in_place"])
@@ -286,3 +288,45 @@ def test_a_clone_goes_its_own_way():
             search.step(each, row)
         results.append(search.finalize(each))
     assert torch.equal(results[0].tokens, results[1].tokens) and torch.equal(results[0].scores, results[1].scores)
+
+
+class TestWhereTheStateIs:
+    def test_it_stays_in_its_memory(self):
+        # a captured graph reads and writes the same tensors at every replay
+        search = fb.BeamSearch(2, 6, EOS, constraint=fb.AllOf(NoRepeat(), EvenLength()))
+        state = search.init(1)
+        search.step(state, torch.randn(1, V))
+        memory = [leaf.data_ptr() for leaf in state.constraint_state]
+        for _ in range(3):
+            search.step(state, torch.randn(2, V))
+        assert [leaf.data_ptr() for leaf in state.constraint_state] == memory
+
+    def test_it_may_grow(self):
+        class History(Ban):
+            def init(self, batch_size, beam_size, vocab_size, device):
+                self.words = super().init(batch_size, beam_size, vocab_size, device)
+                return torch.zeros(batch_size * beam_size, 0, dtype=torch.int64, device=device)
+
+            def bitmask(self, said):
+                return self.words[: said.shape[0]]
+
+            def advance(self, said, tokens):
+                return torch.cat([said, tokens[:, None]], 1)
+
+        search = fb.BeamSearch(2, 4, None, constraint=History(1))
+        state = search.init(1)
+        for rows in (1, 2, 2):
+            search.step(state, torch.randn(rows, V))
+        best = search.finalize(state)
+        slots = [row.tolist() for row in state.constraint_state]
+        assert sorted(slots) == sorted(tokens[:3] for tokens in best.tokens[0].tolist())
+
+    def test_inside_and_outside_inference_mode(self):
+        search = fb.BeamSearch(2, 6, EOS, constraint=fb.AllOf(NoRepeat(), EvenLength()))
+        state = search.init(1)
+        with torch.inference_mode():
+            search.step(state, torch.randn(1, V))
+        search.step(state, torch.randn(2, V))
+        with torch.inference_mode():
+            search.step(state, torch.randn(2, V))
+        assert state.requests.steps.tolist() == [3]
