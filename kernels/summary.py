@@ -13,8 +13,8 @@ that may be chosen (in ``vocab_size``, allowed by the bitmask, not excluded); th
 ``vocab_size``, or over what the bitmask allows if ``renormalize``. A token outside both never reaches arithmetic.
 
 NaN counts as ``-inf``; a tile that held one has the sign of its ``tile_sum`` set, so the streaming loop pays nothing
-for the report. The tiles, and the order in which they are reduced, depend on V alone: a row's bits do not depend on
-its batch.
+for the report. The tiles, and the order in which they are reduced (kernels/tiles.py), depend on V alone: a row's bits
+do not depend on its batch.
 
 Traffic: V logits read and V / 32 maxima written per row; on CPU a block of tiles is read from memory once and its
 exponentials are taken while it is in cache.
@@ -144,8 +144,7 @@ def _fill(
             step.strip(logits, bitmask, slice(start, stop), tiles, slice(tiles.start * TILE, tiles.stop * TILE))
         if tail:
             step.strip(logits, bitmask, slice(start, stop), slice(whole, whole + 1), slice(whole * TILE, vocab_size))
-    for start, stop in spans:
-        add_columns(step.columns[start:stop], step.out.tile_sum[start:stop])
+        step.finish(slice(start, stop))
     for field, found in zip(out, step.out, strict=True):
         if field is not found:
             field.copy_(found)

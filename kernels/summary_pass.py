@@ -11,21 +11,23 @@ MOST = torch.finfo(torch.float32).max
 BLOCK_TILES = 512  # 4 MB of float32; measured best of 64 to 1024: larger operations win until the cache is full
 
 
-def add_rows(x: Tensor, out: Tensor) -> None:
-    """The first five levels of the tree of kernels/tiles.py: ``x [..., r, 64]``, overwritten, to ``out [..., 64]``."""
-    for half in (16, 8, 4, 2):
+def _add_rows(x: Tensor, out: Tensor) -> None:
+    """The levels of the tree of kernels/tiles.py over rows: ``x [..., r, 64]``, overwritten, to ``out [..., 64]``."""
+    half = GROUP_SIZE // 2
+    while half > 1:
         rows = x.shape[-2]
         if rows > half:  # what the last tile lacks would be zeros
             x[..., : rows - half, :].add_(x[..., half:, :])
             x = x[..., :half, :]
-    if x.shape[-2] == 2:
-        torch.add(x[..., 0, :], x[..., 1, :], out=out)
-    else:
+        half //= 2
+    if x.shape[-2] == 1:
         out.copy_(x[..., 0, :])
+    else:
+        torch.add(x[..., 0, :], x[..., 1, :], out=out)
 
 
-def add_columns(x: Tensor, out: Tensor) -> None:
-    """The last six levels: ``x [..., 64]`` to ``out [...]``."""
+def _add_columns(x: Tensor, out: Tensor) -> None:
+    """The levels over columns: ``x [..., 64]`` to ``out [...]``."""
     while x.shape[-1] > 2:
         x = x[..., ::2] + x[..., 1::2]
     torch.add(x[..., 0], x[..., 1], out=out)
@@ -41,7 +43,7 @@ class Pass:
             self.out = self.out._replace(tile_ref=self.out.tile_max)
         self.temperature = temperature
         self.renormalize = renormalize
-        self.columns = out.tile_sum.new_empty(*out.tile_sum.shape, GROUPS)  # sums of exponentials, rows added up
+        self.columns = out.tile_sum.new_empty(*out.tile_sum.shape, GROUPS)  # sums of exponentials
         self.mass = mass
         # also what lies behind a block is exponentiated, and never looked at
         numel = min(BLOCK_TILES * TILE, out.group_max.numel() * GROUP_SIZE)
@@ -66,8 +68,12 @@ class Pass:
                 allowed = allowed.view(x.shape[0], count, -1, GROUPS)
             self.block(x.unflatten(1, (count, -1, GROUPS)), allowed, block, [field[number] for field in fields])
 
+    def finish(self, rows: slice) -> None:
+        """What is left to do when all tiles of ``rows`` are summarised: cheaper for all of them at once."""
+        _add_columns(self.columns[rows], self.out.tile_sum[rows])
+
     def block(self, x: Tensor, allowed: Tensor | None, rows: slice, out: list[Tensor]) -> None:
-        """Summarise ``x [n, t, r, 64]`` of ``rows``; ``allowed`` is bool of the same shape."""
+        """Summarise ``x [n, t, r, 64]`` of ``rows``; ``allowed`` is bool of the same shape. The sums stay columns."""
         group_max, tile_max, tile_ref, columns, *mass = out
         scale: Tensor | float = LOG2E
         if self.temperature is not None:
@@ -84,7 +90,7 @@ class Pass:
         if candidates is not x:
             values = self._float(x)
             torch.amax(values, (2, 3), out=tile_ref)
-        add_rows(self._exp(values, tile_ref[:, :, None, None], scale), columns)
+        _add_rows(self._exp(values, tile_ref[:, :, None, None], scale), columns)
 
     def _float(self, x: Tensor) -> Tensor:
         """``x`` as float32: itself, or in the workspace."""

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from flashbeam.kernels import FLAG_INF, FLAG_NAN, pack_bitmask, summarize
+from flashbeam.kernels import place as place_of
 from flashbeam.kernels.lse import merge_tiles
 from flashbeam.kernels.summary import summarize_op
 from flashbeam.kernels.tiles import GROUP_SIZE, GROUPS, TILE, Tiles
@@ -237,6 +238,54 @@ def test_row_without_allowed_token_has_no_candidates_and_no_mass(tiles_by, devic
     assert (tiles.tile_sum == 0).all() and (tiles.group_mass == 0).all()
     lse, flags = merge_tiles(tiles.tile_ref, tiles.tile_sum, None)
     assert lse.tolist() == [-INF, -INF] and flags.tolist() == [0, 0]
+
+
+def tree_sums(x):
+    """Sums of tiles ``x [R, N, 32, 64]`` float32, added up in the one order, pair by pair."""
+    for half in (16, 8, 4, 2, 1):
+        x = x[:, :, :half] + x[:, :, half : 2 * half]
+    x = x[:, :, 0]
+    while x.shape[2] > 1:
+        x = x[:, :, ::2] + x[:, :, 1::2]
+    return x[:, :, 0]
+
+
+@BOTH
+@pytest.mark.parametrize("vocab_size", [*SIZES[:4], 700, *SIZES[4:]])
+def test_sums_are_the_fixed_tree(vocab_size, tiles_by, device):
+    """Exponentials are powers of two, hence exact, and of sizes that make every other order round otherwise."""
+    power = torch.randint(-30, 1, (6, vocab_size)).float()
+    allowed = torch.rand(6, vocab_size) < torch.tensor([1.0, 0.9, 0.5, 0.1, 0.01, 0.001])[:, None]
+    temperature = torch.full((6,), 1.4426950408889634)  # log2(e): the scale is 1
+    options = {"bitmask": pack_bitmask(allowed), "temperature": temperature, "renormalize": True}
+    tiles = tiles_by(power + 7.0, vocab_size, device, **options)
+    x = in_tiles(power.masked_fill(~allowed, -INF), -INF)
+    x = (x - x.amax((2, 3), keepdim=True).clamp(min=-100)).exp2()
+    assert torch.equal(tiles.tile_sum, tree_sums(x))
+    assert vocab_size < 700 or not torch.equal(tiles.tile_sum, x.flatten(2).cumsum(2)[..., -1])
+
+
+def test_place_numbers_the_tokens_as_the_tree_merges_them():
+    token = torch.arange(2 * TILE)
+    order = place_of(token).argsort()
+    assert torch.equal(place_of(token).sort().values, token)
+    assert torch.equal(order[:TILE] + TILE, order[TILE:])
+    at = order[:TILE]  # the token at each place
+    for level, apart in enumerate([16 * 64, 8 * 64, 4 * 64, 2 * 64, 64, 1, 2, 4, 8, 16, 32]):
+        assert torch.equal(at[torch.arange(TILE) ^ (1 << level)], at ^ apart)
+    assert torch.equal(place_of(token.int()), place_of(token).int())
+
+
+@BOTH
+def test_a_row_has_one_result_wherever_it_lies(tiles_by, device):
+    """Alignment and strides change how a kernel loads a row, and must not change the order of its sums."""
+    logits = torch.randn(3, 2112).to(device if tiles_by is by_kernel else "cpu")
+    want = tiles_by(logits, 2112, device, mass=True)
+    for offset, stride in ((1, 2112), (3, 2115), (16, 2128)):
+        lying = logits.new_zeros(offset + 3 * stride).as_strided((3, 2112), (stride, 1), offset)
+        lying.copy_(logits)
+        for field, wanted in zip(tiles_by(lying, 2112, device, mass=True), want, strict=True):
+            assert torch.equal(field, wanted)
 
 
 @BOTH

@@ -4,7 +4,6 @@ One warp owns a tile at a time and keeps all of it in registers: group maxima ar
 few lanes that hold the same columns, and no other warp is ever waited for.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -20,18 +19,27 @@ TILES_PER_PROGRAM = 2  # 1 adds a twentieth of the instructions; 4 leaves most o
 
 
 @triton.jit
+def _add_rows(x):
+    """The columns' sums of ``x [R, C]``, in the order of kernels/tiles.py; of two numbers a sum has no order."""
+    for i in tl.static_range(5):
+        x = tl.sum(tl.reshape(x, [2, 16 >> i, _C]), 0)
+    return tl.reshape(x, [_C])
+
+
+@triton.jit
+def _add_members(x):
+    """The sum of one column ``x [R]``, in the same order."""
+    for i in tl.static_range(4):
+        x = tl.sum(tl.reshape(x, [2, 16 >> i]), 0)
+    return tl.sum(x, 0)
+
+
+@triton.jit
 def _tree_sum(x):
-    """The sum of ``x [R, C]`` in the order of kernels/tiles.py; of two numbers a sum has no order."""
-    x = tl.sum(tl.reshape(x, [2, 16, 64]), 0)
-    x = tl.sum(tl.reshape(x, [2, 8, 64]), 0)
-    x = tl.sum(tl.reshape(x, [2, 4, 64]), 0)
-    x = tl.sum(tl.reshape(x, [2, 2, 64]), 0)
-    x = tl.sum(x, 0)
-    x = tl.sum(tl.reshape(x, [32, 2]), 1)
-    x = tl.sum(tl.reshape(x, [16, 2]), 1)
-    x = tl.sum(tl.reshape(x, [8, 2]), 1)
-    x = tl.sum(tl.reshape(x, [4, 2]), 1)
-    x = tl.sum(tl.reshape(x, [2, 2]), 1)
+    """The sum of ``x [R, C]``, in the order of kernels/tiles.py."""
+    x = _add_rows(x)
+    for i in tl.static_range(5):
+        x = tl.sum(tl.reshape(x, [32 >> i, 2]), 1)
     return tl.sum(x, 0)
 
 
@@ -71,7 +79,7 @@ def _allowed(x, bits_ptr, start, words):
 @triton.jit
 def _mass(candidates, group_max, scale):
     """Sum of exponentials of each group, relative to its maximum."""
-    return tl.sum(tl.exp2((candidates - _finite(group_max)[None, :]) * scale), 0)
+    return _add_rows(tl.exp2((candidates - _finite(group_max)[None, :]) * scale))
 
 
 @triton.jit
@@ -181,7 +189,7 @@ def _summarize_kernel(
                     group_max = tl.where(here, top, group_max)
                     tile_max = tl.max(group_max, 0)
                     if MASS:
-                        mass = tl.where(here, tl.sum(tl.exp2((member - _finite(top)) * scale), 0), mass)
+                        mass = tl.where(here, _add_members(tl.exp2((member - _finite(top)) * scale)), mass)
             if MASS:
                 tl.store(group_mass_ptr + tile * _C + columns, mass)
             out_type = group_max_ptr.dtype.element_ty
@@ -199,10 +207,6 @@ def _summarize_kernel(
                 tl.store(group_mass_ptr + tile * _C + columns, tl.zeros([_C], tl.float32))
 
 
-# without a promise about strides, loads are scalar and rows may begin anywhere
-_summarize_kernel_unaligned = triton.jit(_summarize_kernel.fn, do_not_specialize=["stride_x"])
-
-
 def launch_summarize(
     logits: Tensor,
     vocab_size: int,
@@ -217,13 +221,7 @@ def launch_summarize(
     rows, tiles = out.tile_max.shape
     if rows == 0:
         return out
-    # a layout sums in an order of its own, so it has to follow from the number of columns, not from where rows lie
-    kernel = _summarize_kernel_unaligned
-    if logits.shape[1] % 16 == 0:
-        kernel = _summarize_kernel
-        if logits.stride(0) % 16 or logits.storage_offset() * logits.element_size() % 16:
-            logits = logits.clone(memory_format=torch.contiguous_format)
-    kernel[(rows, triton.cdiv(tiles, TILES_PER_PROGRAM))](
+    _summarize_kernel[(rows, triton.cdiv(tiles, TILES_PER_PROGRAM))](
         logits,
         logits if bitmask is None else bitmask,
         logits if temperature is None else temperature,
