@@ -3,7 +3,7 @@
 from flashbeam.kernels import FLAG_DEAD_END, FLAG_INEXACT, FLAG_INF, FLAG_NAN
 
 from .cache import reorder
-from .constraint import AllOf
+from .constraint import AllOf, Automaton, NoRepeatNgram, Prefix, RepetitionPenalty, Trie
 from .decode import decode
 from .estimate import estimate, weights
 from .hypotheses import Hypotheses
@@ -34,6 +34,7 @@ __all__ = [
     "GNMT",
     "AllOf",
     "Arithmetic",
+    "Automaton",
     "BeamSearch",
     "ConditionalPoisson",
     "DiverseGroups",
@@ -43,14 +44,18 @@ __all__ = [
     "Exhausted",
     "FirstFinished",
     "Hypotheses",
+    "NoRepeatNgram",
     "Noised",
     "PExact",
     "Patience",
+    "Prefix",
+    "RepetitionPenalty",
     "Sample",
     "State",
     "Step",
     "Stochastic",
     "TopK",
+    "Trie",
     "decode",
     "estimate",
     "noise",
