@@ -219,6 +219,7 @@ class BeamSearch:
             bitmask=expansion.bitmask,
             temperature=expansion.temperature,
             end_penalty=selected.end_penalty,
+            finishing=selected.finishing,
         )
 
     @staticmethod

@@ -1,9 +1,10 @@
 """One step's bookkeeping where finished hypotheses leave the beam for a pool.
 
 Among the K best candidates of a request, EOS candidates included, those that end with EOS enter the pool; the K best
-others live on. The pool keeps the best K by score, or, for a patience rule, all in order of arrival. A request ends
-when its rule says so, at ``max_length`` (where the K best candidates of the step are hypotheses, ended or not), or when
-nothing is left to expand. One program owns a request; its work does not grow with the step.
+others live on. Or the selection decides who does. The pool keeps the best K by score, or, for a patience rule, all in
+order of arrival. A request ends when its rule says so, at ``max_length`` (where the K best candidates of the step are
+hypotheses, ended or not), or when nothing is left to expand. One program owns a request; its work does not grow with
+the step.
 """
 
 import torch
@@ -68,6 +69,7 @@ def _advance_pool(
     pad_id: int,
     by_arrival: bool,
     exact: bool,
+    decided: bool,
 ) -> Moves:
     """The torch definition."""
     best, slots, requests = Candidates(*candidates), Slots(*slot_tensors), Requests(*request_tensors)
@@ -82,22 +84,26 @@ def _advance_pool(
     if eos is not None:
         may_end = (limits.min_length <= length) & live
         ends = endings(logits, best.lse, bitmask, temperature, eos, slots, may_end, end_penalty)
+        there = ends.log_probs > -torch.inf  # if decided, those that finish
         kth = best.scores.gather(1, width.long() - 1)
-        if bool((ends.scores >= kth).any()):  # else every EOS candidate is behind the K best others
+        if bool(
+            (there if decided else ends.scores >= kth).any()
+        ):  # else every EOS candidate is behind the K best others
             order = total_order(
                 (best.scores, best.parents, best.adjusted, best.tokens),
                 (ends.scores, ends.parents, ends.adjusted, ends.tokens),
             )
             rank = torch.arange(order.shape[1], device=order.device).expand_as(order)
             ranks, end_ranks = torch.empty_like(order).scatter_(1, order, rank).split([beams, ends.tokens.shape[1]], 1)
-            finish = (end_ranks < width) & (ends.log_probs > -torch.inf)
+            finish = there if decided else there & (end_ranks < width)
             scores = ends.scores / limits.length_norm.gather(1, length[:, None])
             ids = (ends.tokens, ends.parents, requests.steps[:, None].expand_as(ends.tokens), end_ranks)
             new = Pool(scores, ends.log_probs, ends.token_log_probs, *(field.int() for field in ids))
             _collect(pool, new, finish, limits, last, by_arrival)
 
     keep = (best.log_probs > -torch.inf) & (place < width) & live[:, None]
-    keep &= (ranks < width) | ~last[:, None]
+    if not decided:
+        keep &= (ranks < width) | ~last[:, None]
     held = (pool.log_probs > -torch.inf).sum(1)
     stop = torch.zeros_like(live)
     if by_arrival:
@@ -137,6 +143,7 @@ def _fake(
     pad_id: int,
     by_arrival: bool,
     exact: bool,
+    decided: bool,
 ) -> Moves:
     return fake_moves(candidates)
 
@@ -144,7 +151,7 @@ def _fake(
 _op = register(
     "advance_pool_(Tensor logits, Tensor? bitmask, Tensor? temperature, Tensor? eos, Tensor[] candidates, "
     "Tensor(a!)[] slots, Tensor(b!)[] requests, Tensor(c!)[] history, Tensor(d!)[] pool, Tensor[] limits, "
-    "Tensor? end_penalty, int pad_id, bool by_arrival, bool exact) -> (Tensor, Tensor, Tensor, Tensor)",
+    "Tensor? end_penalty, int pad_id, bool by_arrival, bool exact, bool decided) -> (Tensor, Tensor, Tensor, Tensor)",
     _advance_pool,
     _fake,
     "advance_pool",
@@ -167,12 +174,14 @@ def advance_pool_(
     bitmask: Tensor | None = None,
     temperature: Tensor | None = None,
     end_penalty: Tensor | None = None,
+    finishing: Tensor | None = None,
 ) -> Moves:
     """Take one decode step in place: finish, keep, record, stop.
 
     Args:
         logits: ``[B * P, V]``, the rows that ``best`` was selected from; only their EOS columns are read.
-        best: the K best candidates that are not EOS, from ``top_candidates(..., exclude=eos)``.
+        best: the K best candidates that are not EOS, from ``top_candidates(..., exclude=eos)``; or other K, in that
+            order.
         slots, requests, history, pool: the search's tensors. Modified.
         limits: what the user set.
         eos: ``[n]`` int64, or ``None`` if nothing ends a hypothesis.
@@ -181,11 +190,16 @@ def advance_pool_(
             it keeps the best ``limits.width`` by score.
         exact: end a request once no live beam can still enter its pool.
         bitmask, temperature: as given to ``top_candidates``; the bitmask may bar EOS.
-        end_penalty: float32 ``[B, P * n]``, taken from the scores of EOS candidates, parent by parent.
+        end_penalty: float32 ``[B, P * n]``, taken from the scores of EOS candidates, parent by parent; ``+inf`` bars
+            one.
+        finishing: bool ``[B, P * n]``, the EOS candidates that finish, K at most, where the selection has decided that.
+            At ``max_length`` all of ``best`` become hypotheses then.
 
     Returns:
         :class:`Moves`.
     """
+    if finishing is not None:
+        end_penalty = torch.where(finishing, 0.0 if end_penalty is None else end_penalty, torch.inf)
     return Moves(
         *_op(
             logits,
@@ -202,5 +216,6 @@ def advance_pool_(
             pad_id,
             by_arrival,
             exact,
+            finishing is not None,
         )
     )

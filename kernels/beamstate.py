@@ -108,7 +108,10 @@ def endings(
     may_end: Tensor,
     penalty: Tensor | None,
 ) -> Endings:
-    """The EOS candidates of rows ``logits [B * P, V]``; ``may_end`` is bool ``[B]``, ``penalty`` float32 ``[B, E]``."""
+    """The EOS candidates of rows ``logits [B * P, V]``; ``may_end`` is bool ``[B]``, ``penalty`` float32 ``[B, E]``.
+
+    An infinite penalty bars a candidate.
+    """
     batch = slots.log_probs.shape[0]
     parents, count = logits.shape[0] // batch, eos.shape[0]
     adjusted = adjust(logits[:, eos], None if temperature is None else temperature[:, None])
@@ -122,6 +125,7 @@ def endings(
     )
     if penalty is not None:
         scores = scores - penalty
+        log_probs = log_probs.masked_fill(penalty == torch.inf, -torch.inf)
     parent = torch.arange(parents, device=eos.device).repeat_interleave(count).expand(batch, -1)
     token = eos.repeat(parents).expand(batch, -1)
     return Endings(log_probs, parent, token, increment.flatten(1), scores, adjusted.view(batch, -1))

@@ -355,7 +355,14 @@ def rank_penalised(state, logits, penalty, bitmask=None, eos_is_penalised=True):
     return Ranked(best, increments, adjusted, end_penalty)
 
 
-def advance(regime, rule, state, logits, ranked, bitmask=None):
+def some_finish(state, parents, share=0.5):
+    """A choice bool ``[B, P * n]`` of EOS candidates, no more of a request's than it has beams."""
+    chance = torch.rand(state.batch_size, parents * len(state.eos))
+    place = chance.sort(1).indices.sort(1).indices
+    return (chance < share) & (place < state.limits.width[:, None])
+
+
+def advance(regime, rule, state, logits, ranked, bitmask=None, finishing=None):
     """One step of the regime's operation."""
     parents = len(logits) // state.batch_size
     options = {
@@ -368,7 +375,7 @@ def advance(regime, rule, state, logits, ranked, bitmask=None):
     common = (logits, ranked.best, state.slots, state.requests, state.history)
     if regime == "in_place":
         return advance_in_place.advance_in_place_(*common, state.limits, **options)
-    options |= {"by_arrival": rule.by_arrival, "exact": rule.exact}
+    options |= {"by_arrival": rule.by_arrival, "exact": rule.exact, "finishing": finishing}
     return advance_pool.advance_pool_(*common, state.pool, state.limits, **options)
 
 
@@ -404,7 +411,8 @@ def run_penalised_search(seed, regime, rule):
         mask = pack_bitmask(torch.rand(2 * parents, vocab_size) < 0.8) if rng.random() < 0.3 else None
         penalty = random_penalty(rng, 2, parents, vocab_size)
         ranked = rank_penalised(state, logits, penalty, mask, eos_is_penalised=rng.random() < 0.8)
-        advance(regime, rule, state, logits, ranked, mask)
+        decided = regime == "pool" and state.eos is not None and rng.random() < 0.4
+        advance(regime, rule, state, logits, ranked, mask, some_finish(state, parents) if decided else None)
         slots_differ |= not torch.equal(state.slots.scores, state.slots.log_probs)
         norm = state.limits.length_norm.gather(1, (state.pool.steps + 1).long())
         pool_differs |= not torch.equal(state.pool.scores, state.pool.log_probs / norm)
@@ -420,16 +428,33 @@ def test_penalised_matches_reference(regime, rule, searches, compared):
     assert compared[regime].steps > searches
 
 
-@pytest.mark.parametrize("regime", REGIMES)
-def test_penalised_wide_beam(regime, compared):
+@pytest.mark.parametrize(("regime", "decided"), [("pool", False), ("pool", True), ("in_place", False)])
+def test_penalised_wide_beam(regime, decided, compared):
     """The penalty of an EOS is found where candidates fill several blocks."""
     search = fb.BeamSearch([70, 40], 3, [1, 5], finished=regime, stopping=fb.Exhausted())
     state = search.init(2)
     for parents in (1, 70, 70):
         logits = torch.randn(2 * parents, 40).round()
         ranked = rank_penalised(state, logits, torch.randint(-1, 4, (2, parents, 40)) * 0.5)
-        advance(regime, search.stopping, state, logits, ranked)
+        finishing = some_finish(state, parents) if regime == "pool" and parents == 70 and decided else None
+        advance(regime, search.stopping, state, logits, ranked, finishing=finishing)
     assert state.all_done()
+
+
+@pytest.mark.parametrize("regime", REGIMES)
+def test_infinite_penalty_bars_an_eos(regime, compared):
+    """Not only ranked last: there are fewer candidates than beams, and it is none of them."""
+    logits = torch.full((1, 9), -INF)
+    logits[0, [2, 4, 5]] = torch.tensor([3.0, 1.0, 2.0])
+    search = fb.BeamSearch(4, 5, [2, 5], finished=regime, stopping=fb.Exhausted())
+    state = search.init(1)
+    penalty = torch.zeros(1, 1, 9)
+    penalty[0, 0, 2] = INF
+    moves = advance(regime, search.stopping, state, logits, rank_penalised(state, logits, penalty))
+    kept = (
+        state.slots.log_probs if regime == "in_place" else torch.cat([state.slots.log_probs, state.pool.log_probs], 1)
+    )
+    assert (kept > -INF).sum() == 2 and moves.tokens[0, moves.valid[0]].tolist() == [5, 4][regime == "pool" :]
 
 
 class Beam(NamedTuple):
@@ -444,13 +469,15 @@ class Beam(NamedTuple):
 class Oracle:
     """One request's beams and pool, in Python floats of 32 bits."""
 
+    slots = 4  # the widest request's
+
     def __init__(self, width, max_length, quota, norms, bounds, eos, rule):
         self.width, self.max_length, self.quota, self.norms, self.bounds = width, max_length, quota, norms, bounds
         self.eos, self.rule, self.done, self.steps = eos, rule, False, 0
         self.live, self.pool = [Beam(F32(0), F32(0), (), 0)], []
 
-    def step(self, increments, adjusted, penalty):
-        """Each is ``[P, V]``."""
+    def step(self, increments, adjusted, penalty, finishing=None):
+        """Each is ``[P, V]``; ``finishing`` says which EOS finish, however they rank."""
         if self.done:
             return
         self.steps += 1
@@ -459,25 +486,28 @@ class Oracle:
             (-(beam.score + increments[k, v] - penalty[k, v]), k, -adjusted[k, v], v)
             for k, beam in enumerate(self.live)
             for v in range(increments.shape[1])
-            if increments[k, v] > -INF
+            if increments[k, v] > -INF and penalty[k, v] < INF
+            if v not in self.eos or finishing is None or finishing[k, v]
         )
+        if finishing is not None:  # ranks are among what the step is given
+            given = [item for item in ranked if item[3] not in self.eos][: self.slots]
+            ranked = [item for item in ranked if item[3] in self.eos or item in given]
         beams = [
             Beam(-score, self.live[k].log_prob + increments[k, v], (*self.live[k].tokens, v), rank)
             for rank, (score, k, _, v) in enumerate(ranked)
         ]
         norm = self.norms[self.steps]
-        new = [b._replace(score=b.score / norm) for b in beams[: self.width] if b.tokens[-1] in self.eos]
+        reach = self.width if finishing is None else len(beams)
+        new = [b._replace(score=b.score / norm) for b in beams[:reach] if b.tokens[-1] in self.eos]
         others = [b for b in beams if b.tokens[-1] not in self.eos][: self.width]
         if self.rule.by_arrival:
             self.pool += new if last else new[: max(0, self.quota - len(self.pool))]
             stop = len(self.pool) >= self.quota
         else:
             self.pool = sorted(self.pool + new, key=lambda b: -b.score)[: self.width]
-            reach = others[0].score / self.bounds[self.steps] if others else -INF
-            stop = self.rule.exact and len(self.pool) == self.width and self.pool[-1].score >= reach
-        self.live = [b for b in others if not stop and (b.rank < self.width or not last)]
-        if last:
-            self.live = [b for b in others if b.rank < self.width]
+            bound = others[0].score / self.bounds[self.steps] if others else -INF
+            stop = self.rule.exact and len(self.pool) == self.width and self.pool[-1].score >= bound
+        self.live = [b for b in others if b.rank < reach] if last else [] if stop else others
         self.done = stop or last or not self.live
 
 
@@ -486,11 +516,11 @@ def padded(values, size, empty=-INF):
 
 
 @pytest.mark.parametrize("rule", RULES, ids=repr)
-@pytest.mark.parametrize("penalised", [True, False])
-def test_penalised_pool_step_against_python(penalised, rule, compared):
-    """Without a penalty the scores are the log-probabilities, bit for bit."""
+@pytest.mark.parametrize(("penalised", "decided"), [(True, False), (False, False), (False, True), (True, True)])
+def test_penalised_pool_step_against_python(penalised, decided, rule, compared):
+    """Without a penalty the scores are the log-probabilities, bit for bit. What is decided finishes, and only that."""
     ended = 0
-    for seed in range(3):
+    for seed in range(1 if decided else 3):
         torch.manual_seed(100 + seed)
         search = fb.BeamSearch([4, 2], [5, 6], [2, 5], stopping=rule, length_penalty=[0.8, 1.0])
         state = search.init(2)
@@ -504,10 +534,17 @@ def test_penalised_pool_step_against_python(penalised, rule, compared):
             logits = torch.randn(2 * parents, 9).round()
             logits[:, [2, 5]] += seed
             penalty = torch.randint(0, 4, (2, parents, 9)) * 0.5 if penalised else torch.zeros(2, parents, 9)
+            if penalised:
+                penalty[torch.rand(penalty.shape) < 0.1] = INF
             ranked = rank_penalised(state, logits, penalty, eos_is_penalised=penalised)
-            advance("pool", rule, state, logits, ranked)
+            finishing, chosen = None, [None, None]
+            if decided:
+                finishing = some_finish(state, parents, 0.8)
+                chosen = torch.zeros(2, parents, 9, dtype=torch.bool)
+                chosen[:, :, [2, 5]] = finishing.view(2, parents, 2)
+            advance("pool", rule, state, logits, ranked, finishing=finishing)
             for b, oracle in enumerate(oracles):
-                oracle.step(*(x[b].numpy() for x in (ranked.increments, ranked.adjusted, penalty)))
+                oracle.step(*(x[b].numpy() for x in (ranked.increments, ranked.adjusted, penalty)), chosen[b])
                 slots, pool = (type(fields)(*(x[b] for x in fields)) for fields in (state.slots, state.pool))
                 for fields, beams in ((slots, oracle.live), (pool, oracle.pool)):
                     places = len(fields.scores)
@@ -585,6 +622,8 @@ def test_opcheck(full, dtype, regime, device, monkeypatch):
     declared = DEFINITIONS[regime]._schema.arguments
     if full:
         arguments[[a.name for a in declared].index("end_penalty")] = torch.ones(2, 6, device=device)
+    if full and regime == "pool":
+        arguments[[a.name for a in declared].index("decided")] = True
     torch.library.opcheck(DEFINITIONS[regime], tuple(arguments))
     mutable = {a.name for a in declared if a.alias_info is not None and a.alias_info.is_write}
     assert mutable == {"slots", "requests", "history"} | ({"pool"} if regime == "pool" else set())

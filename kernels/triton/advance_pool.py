@@ -10,6 +10,8 @@ from .beamstate import rank_candidates, write_endings, write_step
 from .keys import pack_key, token_log_prob
 from .pool import collect
 
+_LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
+
 
 @triton.jit
 def _advance_pool_kernel(
@@ -64,7 +66,7 @@ def _advance_pool_kernel(
     # scratch
     keys_ptr,  # *i64 [B, 2, K + E]
     floats_ptr,  # *f32 [B, 3 * E + K]
-    ints_ptr,  # *i32 [B, 3 * K + E + F]
+    ints_ptr,  # *i32 [B, 4 * K + E + F]
     # sizes and strides, in elements
     batch,
     beams,
@@ -81,6 +83,7 @@ def _advance_pool_kernel(
     N_EOS: tl.constexpr,
     BY_ARRIVAL: tl.constexpr,
     EXACT: tl.constexpr,
+    DECIDED: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_F: tl.constexpr,
@@ -116,7 +119,7 @@ def _advance_pool_kernel(
         end_log_probs_ptr = floats_ptr + request * (3 * n_ends + beams)
         end_scores_ptr = end_log_probs_ptr + n_ends
         end_increments_ptr = end_scores_ptr + n_ends
-        all_ranks_ptr = ints_ptr + request * (3 * beams + n_ends + places)
+        all_ranks_ptr = ints_ptr + request * (4 * beams + n_ends + places)
         by_rank_ptr = all_ranks_ptr + beams + n_ends
         tl.store(first_ptr + slot, pack_key(score, parent), mask=inside)
         tl.store(second_ptr + slot, pack_key(adjusted, token), mask=inside)
@@ -153,28 +156,47 @@ def _advance_pool_kernel(
             place = start + tl.arange(0, BLOCK)
             ends = tl.load(end_scores_ptr + place, mask=place < n_ends, other=-float("inf"))
             foremost = tl.maximum(foremost, tl.max(ends, 0))
-        if foremost >= tl.load(best_scores_ptr + request * beams + width - 1):
+        least = _LOWEST if DECIDED else tl.load(best_scores_ptr + request * beams + width - 1)
+        if foremost >= least:
             rank_candidates(first_ptr, second_ptr, all_ranks_ptr, beams + n_ends, BLOCK)
-            tl.store(by_rank_ptr + slot, tl.full([BLOCK_K], -1, tl.int32), mask=inside)
+            none = tl.full([BLOCK_K], -1, tl.int32)
+            tl.store(by_rank_ptr + slot, none, mask=inside)
+            if DECIDED:
+                tl.store(by_rank_ptr + beams + slot, none, mask=inside)
             tl.debug_barrier()
             rank = tl.load(all_ranks_ptr + slot, mask=inside, other=0)
             for start in range(0, n_ends, BLOCK):
                 place = start + tl.arange(0, BLOCK)
                 end_rank = tl.load(all_ranks_ptr + beams + place, mask=place < n_ends, other=0)
                 end_log_prob = tl.load(end_log_probs_ptr + place, mask=place < n_ends, other=-float("inf"))
-                finish = (end_rank < width) & (end_log_prob > -float("inf"))
+                # those that the selection lets finish are behind K others and themselves at most
+                reach = 2 * beams if DECIDED else width
+                finish = (end_rank < reach) & (end_log_prob > -float("inf"))
                 tl.store(by_rank_ptr + end_rank, place, mask=finish)
             tl.debug_barrier()
+            new_ranks = slot
+            if DECIDED:  # close up
+                any_rank = tl.arange(0, 2 * BLOCK_K)
+                entry = tl.load(by_rank_ptr + any_rank, mask=any_rank < 2 * beams, other=-1)
+                to = tl.cumsum((entry >= 0).to(tl.int32), 0) - 1
+                tl.debug_barrier()
+                tl.store(by_rank_ptr + slot, none, mask=inside)
+                tl.debug_barrier()
+                tl.store(by_rank_ptr + to, entry, mask=(entry >= 0) & (to < beams))
+                tl.store(by_rank_ptr + beams + to, any_rank, mask=(entry >= 0) & (to < beams))
+                tl.debug_barrier()
+                new_ranks = tl.load(by_rank_ptr + beams + slot, mask=inside, other=0)
             new = tl.load(by_rank_ptr + slot, mask=inside, other=-1)
             if tl.max(new, 0) >= 0:
                 collect(
                     new,
+                    new_ranks,
                     end_log_probs_ptr,
                     end_scores_ptr,
                     end_increments_ptr,
                     end_increments_ptr + n_ends,
-                    by_rank_ptr + beams,
-                    by_rank_ptr + beams + places,
+                    by_rank_ptr + 2 * beams,
+                    by_rank_ptr + 2 * beams + places,
                     eos_ptr,
                     pool_scores_ptr + pool,
                     pool_log_probs_ptr + pool,
@@ -197,8 +219,9 @@ def _advance_pool_kernel(
                     BLOCK_F,
                 )
 
-    # at the last step, only what is among the K best candidates is a hypothesis
-    keep = (log_prob > -float("inf")) & (slot < width * live) & (rank < tl.where(last, width, rank + 1))
+    keep = (log_prob > -float("inf")) & (slot < width * live)
+    if not DECIDED:  # at the last step, only what is among the K best candidates is a hypothesis
+        keep = keep & (rank < tl.where(last, width, rank + 1))
     place = tl.arange(0, BLOCK_F)
     in_pool = tl.load(pool_log_probs_ptr + pool + place, mask=place < places, other=-float("inf"))
     held = tl.sum((in_pool > -float("inf")).to(tl.int32), 0)
@@ -264,6 +287,7 @@ def launch_advance_pool_(
     pad_id: int,
     by_arrival: bool,
     exact: bool,
+    decided: bool,
 ) -> Moves:
     out = fake_moves(candidates)
     batch, beams = slots[0].shape
@@ -274,7 +298,7 @@ def launch_advance_pool_(
     device = logits.device
     keys = torch.empty(batch, 2, beams + n_ends, dtype=torch.int64, device=device)
     floats = torch.empty(batch, 3 * n_ends + beams, dtype=torch.float32, device=device)
-    ints = torch.empty(batch, 3 * beams + n_ends + places, dtype=torch.int32, device=device)
+    ints = torch.empty(batch, 4 * beams + n_ends + places, dtype=torch.int32, device=device)
     wide = beams > 16
     _advance_pool_kernel[(batch,)](
         logits,
@@ -306,6 +330,7 @@ def launch_advance_pool_(
         N_EOS=n_eos,
         BY_ARRIVAL=by_arrival,
         EXACT=exact,
+        DECIDED=decided,
         BLOCK=32 if wide else 16,
         BLOCK_K=triton.next_power_of_2(beams),
         BLOCK_F=triton.next_power_of_2(places),

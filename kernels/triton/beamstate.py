@@ -65,7 +65,9 @@ def write_endings(
         log_prob = tl.load(slot_log_probs_ptr + parent, mask=open_slot, other=-float("inf")) + increment
         score = tl.load(slot_scores_ptr + parent, mask=open_slot, other=-float("inf")) + increment
         if HAS_PENALTY:
-            score = score - tl.load(penalty_ptr + place, mask=inside, other=0.0)
+            penalty = tl.load(penalty_ptr + place, mask=inside, other=0.0)
+            score = score - penalty
+            log_prob = tl.where(penalty == float("inf"), -float("inf"), log_prob)
         tl.store(log_probs_ptr + place, log_prob, mask=inside)
         tl.store(scores_ptr + place, score, mask=inside)
         tl.store(increments_ptr + place, increment, mask=inside)

@@ -38,8 +38,9 @@ def count_before(
 
 @triton.jit
 def collect(
-    # the request's new hypotheses, by rank within the step
+    # the request's new hypotheses, in order of rank within the step
     new,  # i32 [BLOCK_K], place among the EOS candidates; -1 for none
+    ranks,  # i32 [BLOCK_K], theirs
     end_log_probs_ptr,
     end_scores_ptr,
     end_increments_ptr,
@@ -71,7 +72,7 @@ def collect(
     BLOCK_F: tl.constexpr,
 ):
     """Merge new hypotheses into the pool: see ``_collect`` of the torch definition."""
-    rank = tl.arange(0, BLOCK_K)
+    slot = tl.arange(0, BLOCK_K)
     fresh = new >= 0
     place = tl.arange(0, BLOCK_F)
     inside = place < places
@@ -91,8 +92,8 @@ def collect(
         tokens = tl.load(tokens_ptr + place, mask=held, other=0)
         parents = tl.load(parents_ptr + place, mask=held, other=0)
         ends = tl.load(steps_ptr + place, mask=held, other=0)
-        ranks = tl.load(ranks_ptr + place, mask=held, other=0)
-        tl.store(new_scores_ptr + rank, new_scores, mask=rank < beams)
+        held_ranks = tl.load(ranks_ptr + place, mask=held, other=0)
+        tl.store(new_scores_ptr + slot, new_scores, mask=slot < beams)
         tl.debug_barrier()
         # the pool is in order of score, and what was there before goes first among equals
         count_before(scores_ptr, shift_ptr, places, new_scores_ptr, beams, False, False, BLOCK)
@@ -101,7 +102,7 @@ def collect(
         count_before(new_scores_ptr, to_ptr, beams, scores_ptr, places, False, True, BLOCK)
         tl.debug_barrier()
         shifted = place + tl.load(shift_ptr + place, mask=inside, other=0)
-        to = tl.load(to_ptr + rank, mask=rank < beams, other=0)
+        to = tl.load(to_ptr + slot, mask=slot < beams, other=0)
         stays = held & (shifted < width)
         tl.store(scores_ptr + shifted, scores, mask=stays)
         tl.store(log_probs_ptr + shifted, log_probs, mask=stays)
@@ -109,7 +110,7 @@ def collect(
         tl.store(tokens_ptr + shifted, tokens, mask=stays)
         tl.store(parents_ptr + shifted, parents, mask=stays)
         tl.store(steps_ptr + shifted, ends, mask=stays)
-        tl.store(ranks_ptr + shifted, ranks, mask=stays)
+        tl.store(ranks_ptr + shifted, held_ranks, mask=stays)
         fresh = fresh & (to < width)
     tl.store(scores_ptr + to, new_scores, mask=fresh)
     tl.store(log_probs_ptr + to, new_log_probs, mask=fresh)
@@ -117,5 +118,5 @@ def collect(
     tl.store(tokens_ptr + to, tl.load(eos_ptr + new % N_EOS, mask=fresh, other=0).to(tl.int32), mask=fresh)
     tl.store(parents_ptr + to, new // N_EOS, mask=fresh)
     tl.store(steps_ptr + to, tl.zeros([BLOCK_K], tl.int32) + steps, mask=fresh)
-    tl.store(ranks_ptr + to, rank, mask=fresh)
+    tl.store(ranks_ptr + to, ranks, mask=fresh)
     tl.debug_barrier()
