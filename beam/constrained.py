@@ -21,7 +21,8 @@ def follow_beams(state: State, constraint: Bound, before: Any, step: Step) -> St
     """Move the constraint's state, ``before`` of all slots, to the new beams; ``step`` less what it does not accept."""
     first_slot = torch.arange(0, state.batch_size * state.beam_size, state.beam_size, device=state.device)
     rows = (step.parents + first_slot[:, None]).flatten()
-    moved = constraint.move(before, rows, step.tokens.flatten())
+    live = step.valid & ~state.slots.ended.view(step.valid.shape)
+    moved = constraint.move(before, rows, step.tokens.flatten(), live.flatten())
     accepted = constraint.accepts(moved)
     if state.constraint is None:
         with torch.inference_mode(False):  # as in BeamSearch.init

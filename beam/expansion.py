@@ -10,7 +10,6 @@ from torch import Tensor
 
 from flashbeam.kernels import pack_bitmask
 
-from .cache import reorder
 from .checks import as_bitmask, as_rows
 from .constraint import Bound, Context, bind
 from .selection import Expansion, Veto
@@ -47,7 +46,7 @@ def expand(search: BeamSearch, state: State, logits: Tensor, bitmask: Tensor | N
         per_request = rows.shape[0] // state.batch_size
         if per_request != state.beam_size:  # before the first token: all slots are alike
             index = torch.arange(0, rows.shape[0] * state.beam_size, state.beam_size, device=state.device)
-            now = reorder(slots_state, index // per_request)
+            now = constraint.take(slots_state, index // per_request)
         rows = constraint.adjust(now, rows)
         uses = getattr(search.selection, "uses", ())
         if "banks" in uses:

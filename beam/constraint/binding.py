@@ -127,8 +127,11 @@ class _Product(Bound):
     def advance(self, state: Any, tokens: Tensor) -> Any:
         return tuple(part.advance(own, tokens) for part, own in zip(self.parts, state, strict=True))
 
-    def move(self, state: Any, rows: Tensor, tokens: Tensor) -> Any:
-        return tuple(part.move(own, rows, tokens) for part, own in zip(self.parts, state, strict=True))
+    def take(self, state: Any, rows: Tensor) -> Any:
+        return tuple(part.take(own, rows) for part, own in zip(self.parts, state, strict=True))
+
+    def move(self, state: Any, rows: Tensor, tokens: Tensor, live: Tensor | None = None) -> Any:
+        return tuple(part.move(own, rows, tokens, live) for part, own in zip(self.parts, state, strict=True))
 
     def bitmask(self, state: Any) -> Tensor | None:
         return _both(torch.bitwise_and, [part.bitmask(own) for part, own in zip(self.parts, state, strict=True)])

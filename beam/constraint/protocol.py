@@ -92,9 +92,13 @@ class Bound:
         """The state after ``tokens [R]``, from a state already reordered."""
         raise NotImplementedError
 
-    def move(self, state: Any, rows: Tensor, tokens: Tensor) -> Any:
-        """The state of beams that continue ``rows [R']`` with ``tokens [R']``."""
-        return self.advance(reorder(state, rows), tokens)
+    def take(self, state: Any, rows: Tensor) -> Any:
+        """The state of ``rows [R']`` of the state."""
+        return reorder(state, rows)
+
+    def move(self, state: Any, rows: Tensor, tokens: Tensor, live: Tensor | None = None) -> Any:
+        """The state of beams that continue ``rows [R']`` with ``tokens [R']``; of those not ``live [R']``, any."""
+        return self.advance(self.take(state, rows), tokens)
 
     def bitmask(self, state: Any) -> Tensor | None:
         """int32 ``[R, ceil(V / 32)]``, EOS included; ``None`` if nothing is barred."""
