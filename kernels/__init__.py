@@ -21,13 +21,13 @@ from .beamstate import (
     endings,
     total_order,
 )
-from .bitmask import apply_bitmask_, mark_bits, pack_bitmask, unpack_bitmask
+from .bitmask import apply_bitmask_, bits_at, mark_bits, pack_bitmask, unpack_bitmask
 from .draw import Drawn, draw_children
 from .exponential import exp
 from .filters import filter_bitmask
 from .history import backtrace, trace_slots, update_ancestry
 from .invert import Inverted, invert_cdf
-from .keys import pack_key, token_log_prob
+from .keys import adjust, pack_key, token_log_prob
 from .listed import Listed, summarize_listed, top_listed
 from .lse import FLAG_INF, FLAG_NAN
 from .poisson import PoissonSample, conditional_poisson
@@ -67,11 +67,13 @@ __all__ = [
     "Summary",
     "Tiles",
     "TopK",
+    "adjust",
     "advance_chosen_",
     "advance_in_place_",
     "advance_pool_",
     "apply_bitmask_",
     "backtrace",
+    "bits_at",
     "check_reorder",
     "child_nodes",
     "conditional_poisson",

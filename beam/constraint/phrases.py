@@ -11,10 +11,11 @@ from torch import Tensor
 from flashbeam.kernels import mark_bits
 
 from .aho_corasick import Word
+from .csr import int_array
 from .phrase_automaton import Phrase, PhraseAutomaton, anything, ordered, unordered
 from .phrase_tables import PhraseTables
 from .protocol import Banks, Bound, Context
-from .token_lists import check_inside, check_without_eos, token_list
+from .token_lists import check_inside, check_without_eos
 
 MOST = 62  # phrases whose being satisfied fits the bits of an int64
 
@@ -90,7 +91,7 @@ def parts_of(name: str, given: Any, of: str) -> Sequence[Any]:
 
 def as_word(name: str, given: Any) -> Word:
     """``given`` if it is a list of token ids that is not empty."""
-    return tuple(token_list(name, parts_of(name, given, "token")).tolist())
+    return tuple(int_array(name, parts_of(name, given, "token")).tolist())
 
 
 def _phrase(name: str, given: Any) -> Phrase:

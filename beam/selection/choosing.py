@@ -5,7 +5,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from flashbeam.kernels import Choice, Tiles, summarize, token_log_prob
+from flashbeam.kernels import (
+    Candidates,
+    Choice,
+    Endings,
+    Tiles,
+    endings,
+    summarize,
+    token_log_prob,
+    total_order,
+)
 
 from .protocol import Expansion
 
@@ -80,6 +89,41 @@ def children(
         inclusion=draws.inclusion.gather(1, parents),
         codes=torch.zeros_like(tokens),
     )
+
+
+def endings_of(expansion: Expansion, lse: Tensor) -> Endings | None:
+    """The EOS candidates of a step; ``lse`` is float32 ``[R]``."""
+    if expansion.eos is None:
+        return None
+    may_end = expansion.limits.min_length <= expansion.requests.steps + 1
+    rows = (expansion.logits, lse, expansion.bitmask, expansion.temperature)
+    return endings(*rows, expansion.eos, expansion.slots, may_end, None)
+
+
+def rivals(expansion: Expansion, best: Candidates, ends: Endings | None) -> tuple[tuple[Choice, ...], Tensor]:
+    """All that compete for slots in place: candidates, EOS candidates, frozen hypotheses; nothing was sampled.
+
+    With them come positions int64 ``[B, M]`` that put them, side by side, in the total order by normalised score.
+    """
+    assert expansion.divisor is not None
+    slots, norm = expansion.slots, expansion.divisor[:, None]
+    increments = token_log_prob(best.adjusted, best.lse.view(-1, expansion.parents).gather(1, best.parents))
+    found = [_plain(best.tokens, best.parents, increments, best.log_probs)]
+    keys = [(best.log_probs / norm, best.parents, best.adjusted, best.tokens)]
+    if ends is not None:
+        found.append(_plain(ends.tokens, ends.parents, ends.token_log_probs, ends.log_probs))
+        keys.append((ends.log_probs / norm, ends.parents, ends.adjusted, ends.tokens))
+    old = frozen(expansion)
+    old_norm = expansion.limits.length_norm.gather(1, slots.lengths.long())
+    nothing = torch.zeros_like(old.tokens)
+    keys.append((old.log_probs / old_norm, old.parents, nothing.float(), nothing))
+    return (*found, old), total_order(*keys)
+
+
+def _plain(tokens: Tensor, parents: Tensor, increments: Tensor, log_probs: Tensor) -> Choice:
+    """Candidates that nothing was sampled for."""
+    zeros = torch.zeros_like(log_probs)
+    return Choice(tokens, parents, increments, log_probs, log_probs, zeros, zeros, torch.zeros_like(tokens))
 
 
 def take(choices: tuple[Choice, ...], index: Tensor) -> Choice:

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flashbeam.kernels import Choice, Endings, endings, summarize, token_log_prob, top_candidates, total_order
+from flashbeam.kernels import Choice, summarize, top_candidates
 
 from ..arguments import probability
-from .choosing import frozen, take
+from .choosing import endings_of, rivals, take
 from .protocol import Decided, Expansion
 
 _NEARLY = 1 - 1e-6  # shares are sums of rounded numbers
@@ -36,10 +36,9 @@ class DynamicWidth:
 
     def select(self, expansion: Expansion, k: int) -> Decided:
         """See :class:`flashbeam.selection.Selection`."""
-        slots, parents, limits = expansion.slots, expansion.parents, expansion.limits
         best = top_candidates(
             expansion.logits,
-            slots.log_probs[:, :parents],
+            expansion.slots.log_probs[:, : expansion.parents],
             k,
             bitmask=expansion.bitmask,
             temperature=expansion.temperature,
@@ -49,36 +48,14 @@ class DynamicWidth:
             normalize=expansion.normalize,
             vocab_size=expansion.vocab_size,
         )
-        increments = token_log_prob(best.adjusted, best.lse.view(-1, parents).gather(1, best.parents))
-        old = frozen(expansion)
-        assert expansion.divisor is not None
-        norm = expansion.divisor[:, None]
-        old_norm = limits.length_norm.gather(1, slots.lengths.long())
-        rivals = [_choice(best.tokens, best.parents, increments, best.log_probs), old]
-        nothing = torch.zeros_like(old.tokens)
-        keys = [
-            (best.log_probs / norm, best.parents, best.adjusted, best.tokens),
-            (old.log_probs / old_norm, old.parents, nothing.float(), nothing),
-        ]
-        ends = None
-        if expansion.eos is not None:
-            ends = self._endings(expansion, best.lse)
-            rivals.append(_choice(ends.tokens, ends.parents, ends.token_log_probs, ends.log_probs))
-            keys.append((ends.log_probs / norm, ends.parents, ends.adjusted, ends.tokens))
-        choice = take(tuple(rivals), total_order(*keys)[:, :k])
+        found, order = rivals(expansion, best, endings_of(expansion, best.lse))
+        choice = take(found, order[:, :k])
         if self.p < 1.0:  # else rounding could leave out the last
-            share = (choice.log_probs.double() - self._log_mass(expansion, best.lse, old)[:, None]).exp()
+            share = (choice.log_probs.double() - self._log_mass(expansion, best.lse, found[-1])[:, None]).exp()
             cut = share.cumsum(1) - share >= self.p * _NEARLY
             cut[:, 0] = False
             choice = choice._replace(log_probs=choice.log_probs.masked_fill(cut, -torch.inf))
         return Decided(choice, best.flags)
-
-    @staticmethod
-    def _endings(expansion: Expansion, lse: Tensor) -> Endings:
-        assert expansion.eos is not None
-        may_end = expansion.limits.min_length <= expansion.requests.steps + 1
-        rows = (expansion.logits, lse, expansion.bitmask, expansion.temperature)
-        return endings(*rows, expansion.eos, expansion.slots, may_end, None)
 
     @staticmethod
     def _log_mass(expansion: Expansion, lse: Tensor, old: Choice) -> Tensor:
@@ -99,9 +76,3 @@ class DynamicWidth:
         both = torch.cat([mass, old.log_probs.double()], 1)
         top = both.amax(1, keepdim=True).clamp(min=-1e30)
         return (both - top).exp().cumsum(1)[:, -1].log() + top[:, 0]  # term by term: empty slots change no bit
-
-
-def _choice(tokens: Tensor, parents: Tensor, increments: Tensor, log_probs: Tensor) -> Choice:
-    """Candidates that nothing was sampled for."""
-    zeros = torch.zeros_like(log_probs)
-    return Choice(tokens, parents, increments, log_probs, log_probs, zeros, zeros, torch.zeros_like(tokens))

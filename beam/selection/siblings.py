@@ -5,8 +5,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flashbeam.kernels import Candidates, Endings, endings, token_log_prob, top_candidates
+from flashbeam.kernels import Candidates, Endings, token_log_prob, top_candidates
 
+from .choosing import endings_of
 from .protocol import Expansion
 
 
@@ -42,12 +43,7 @@ def best_children(expansion: Expansion, count: int) -> Children:
     )
     increments = token_log_prob(adjusted, best.lse.view(-1, parents, 1))
     scores = (slots.scores[:, :parents, None] + increments).masked_fill(log_probs == -torch.inf, -torch.inf)
-    ends = None
-    if expansion.eos is not None:
-        may_end = expansion.limits.min_length <= expansion.requests.steps + 1
-        ends = endings(
-            expansion.logits, best.lse, expansion.bitmask, expansion.temperature, expansion.eos, slots, may_end, None
-        )
+    ends = endings_of(expansion, best.lse)
     return Children(log_probs, scores, tokens, adjusted, best.lse, best.flags, ends)
 
 

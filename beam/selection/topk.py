@@ -7,6 +7,7 @@ import torch
 
 from flashbeam.kernels import top_candidates, top_listed
 
+from .banked import banked
 from .protocol import Decided, Expansion, Ranked
 from .vetoed import vetoed
 
@@ -29,8 +30,6 @@ class TopK:
     def select(self, expansion: Expansion, k: int) -> Ranked | Decided:
         """See :class:`flashbeam.selection.Selection`."""
         if expansion.banks is not None:
-            from .banked import banked
-
             return banked(expansion, k)
         if expansion.veto is not None:
             return vetoed(expansion, expansion.veto, k, best)
