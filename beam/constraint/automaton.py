@@ -87,10 +87,9 @@ class Automaton:
             ValueError: the pattern is not regular or needs too many states, or no sequence of tokens matches it.
             TypeError: an argument is of another type.
         """
-        from .regex import compile_pattern
         from .spelling import spell
 
-        return Automaton(*spell(compile_pattern(pattern, vocabulary), vocabulary))
+        return Automaton(*spell(pattern, vocabulary))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a folder of ``.npy`` files and a small JSON file, for :meth:`load`.

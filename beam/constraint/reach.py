@@ -62,7 +62,7 @@ def reach_of_graph(indptr: Ints, targets: Ints, accepting: Bools, words: int) ->
     return reach.view(np.int32)
 
 
-def reachable(indptr: Ints, targets: Ints, sources: Bools) -> Bools:
+def reachable(indptr: NDArray[Any], targets: NDArray[Any], sources: Bools) -> Bools:
     """bool ``[S]``: the states that some word, the empty one included, leads to from ``sources``."""
     found = sources.copy()
     frontier: NDArray[Any] = np.flatnonzero(sources)
@@ -73,7 +73,14 @@ def reachable(indptr: Ints, targets: Ints, sources: Bools) -> Bools:
     return found
 
 
-def edges_of(indptr: Ints, states: NDArray[Any]) -> NDArray[np.int64]:
+def leads_to(sources: NDArray[np.int64], targets: NDArray[np.int64], accepting: Bools) -> Bools:
+    """bool ``[S]``: the states from which edges, given in any order, lead to an accepting one."""
+    count = np.bincount(targets, minlength=len(accepting))
+    indptr = np.concatenate(([0], np.cumsum(count)))
+    return reachable(indptr, sources[np.argsort(targets)], accepting)
+
+
+def edges_of(indptr: NDArray[Any], states: NDArray[Any]) -> NDArray[np.int64]:
     """The numbers of the edges of ``states``, in their order."""
     count = (indptr[states + 1] - indptr[states]).astype(np.int64)
     last = np.cumsum(count)

@@ -38,7 +38,7 @@ class Trie(Automaton):
     _argument = "sequences"
 
     def __init__(self, sequences: Any, *, pad: int | None = None, lengths: Any = None):
-        tree = _grow(*_flattened(sequences, pad, lengths))
+        tree = grow(*_flattened(sequences, pad, lengths))
         self._keep(tree.indptr, tree.tokens, reach_of_tree(tree.sizes, np.diff(tree.indptr), tree.accepting))
 
     def _keep(self, indptr: Ints, tokens: Ints, table: Ints) -> None:
@@ -130,7 +130,7 @@ def _lengths_in(array: NDArray[Any], pad: int | None, lengths: Any) -> NDArray[n
     return given.astype(np.int64)
 
 
-class _Tree(NamedTuple):
+class Tree(NamedTuple):
     """Nodes in breadth-first order, the children of a node in order of place; edge e leads to node e + 1."""
 
     indptr: Ints  # [S + 1]
@@ -139,7 +139,7 @@ class _Tree(NamedTuple):
     sizes: list[int]  # nodes of each level
 
 
-def _grow(flat: NDArray[Any], begins: NDArray[np.int64], lengths: NDArray[np.int64]) -> _Tree:
+def grow(flat: NDArray[Any], begins: NDArray[np.int64], lengths: NDArray[np.int64]) -> Tree:
     """The tree of items, level by level: those in one node are neighbours, sorted there by their next token."""
     if not len(begins):
         raise ValueError("sequences: expected at least one item, got none")
@@ -174,4 +174,4 @@ def _grow(flat: NDArray[Any], begins: NDArray[np.int64], lengths: NDArray[np.int
     indptr = np.zeros(sum(sizes) + 1, np.int32)
     np.cumsum(np.concatenate(children), out=indptr[1:], dtype=np.int32)
     labels = np.concatenate(tokens) if tokens else np.zeros(0, np.int32)
-    return _Tree(indptr, labels, np.concatenate(accepting), sizes)
+    return Tree(indptr, labels, np.concatenate(accepting), sizes)
