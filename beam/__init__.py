@@ -3,7 +3,7 @@
 from flashbeam.kernels import FLAG_DEAD_END, FLAG_INEXACT, FLAG_INF, FLAG_NAN
 
 from .cache import reorder
-from .constraint import AllOf, Automaton, NoRepeatNgram, Prefix, RepetitionPenalty, Trie
+from .constraint import AllOf, Automaton, ForbiddenPhrases, NoRepeatNgram, Phrases, Prefix, RepetitionPenalty, Trie
 from .decode import decode
 from .estimate import estimate, weights
 from .hypotheses import Hypotheses
@@ -43,11 +43,13 @@ __all__ = [
     "Exact",
     "Exhausted",
     "FirstFinished",
+    "ForbiddenPhrases",
     "Hypotheses",
     "NoRepeatNgram",
     "Noised",
     "PExact",
     "Patience",
+    "Phrases",
     "Prefix",
     "RepetitionPenalty",
     "Sample",

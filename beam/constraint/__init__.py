@@ -2,7 +2,9 @@
 
 from .automaton import Automaton
 from .binding import AllOf, as_constraint, bind
+from .forbidden import ForbiddenPhrases
 from .ngram import NoRepeatNgram
+from .phrases import Phrases
 from .prefix import Prefix
 from .protocol import Banks, Bound, Constraint, Context, Proposed
 from .repetition import RepetitionPenalty
@@ -15,7 +17,9 @@ __all__ = [
     "Bound",
     "Constraint",
     "Context",
+    "ForbiddenPhrases",
     "NoRepeatNgram",
+    "Phrases",
     "Prefix",
     "Proposed",
     "RepetitionPenalty",
