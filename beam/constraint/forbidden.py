@@ -1,7 +1,6 @@
 """Phrases that must not be generated."""
 
 from collections.abc import Sequence
-from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -35,18 +34,15 @@ class ForbiddenPhrases:
     def __init__(self, phrases: Sequence[Any]):
         given = parts_of("phrases", phrases, "phrase")
         self.phrases = tuple(as_word(f"phrases[{i}]", phrase) for i, phrase in enumerate(given))
+        self._host = _tables(self.phrases)
         self._on_device: dict[torch.device, _Tables] = {}
 
     def __repr__(self) -> str:
         return f"ForbiddenPhrases({[list(phrase) for phrase in self.phrases]})"
 
-    @cached_property
-    def _host(self) -> "_Tables":
-        return _tables(self.phrases)
-
     def _tables_on(self, device: torch.device) -> "_Tables":
         if device not in self._on_device:
-            self._on_device[device] = _Tables(*(field.to(device) for field in self._host))
+            self._on_device[device] = _on(device, self._host)
         return self._on_device[device]
 
     @staticmethod
@@ -57,11 +53,8 @@ class ForbiddenPhrases:
             if setting is not None:
                 setting._check(context)
         number = {key: i for i, key in enumerate(settings)}
-        nothing = _tables(())
         tables = [
-            _Tables(*(field.to(context.device) for field in nothing))
-            if setting is None
-            else setting._tables_on(context.device)
+            _on(context.device, _NOTHING) if setting is None else setting._tables_on(context.device)
             for setting in settings.values()
         ]
         return _BoundForbidden(tables, [number[id(setting)] for setting in requests], context)
@@ -86,7 +79,12 @@ class _Tables(NamedTuple):
     barred: Tensor  # int32 [N], tokens that would complete a phrase
 
 
-def _tables(phrases: Sequence[tuple[int, ...]]) -> _Tables:
+def _on(device: torch.device, arrays: tuple[Ints, ...]) -> _Tables:
+    return _Tables(*(torch.from_numpy(array).to(device) for array in arrays))
+
+
+def _tables(phrases: Sequence[tuple[int, ...]]) -> tuple[Ints, ...]:
+    """The arrays of :class:`_Tables`."""
     tree = build(phrases)
     complete = np.zeros(tree.size, dtype=bool)
     complete[tree.ends] = True
@@ -108,17 +106,19 @@ def _tables(phrases: Sequence[tuple[int, ...]]) -> _Tables:
             barred[state] = barred[shorter] | barred[state]
     tokens, targets, indptr = _rows(edges)
     barred_tokens, _, barred_indptr = _rows(barred)
-    return _Tables(indptr, tokens, targets, barred_indptr, barred_tokens)
+    return indptr, tokens, targets, barred_indptr, barred_tokens
 
 
-def _rows(lists: list[dict[int, int]]) -> tuple[Tensor, Tensor, Tensor]:
+def _rows(lists: list[dict[int, int]]) -> tuple[Ints, Ints, Ints]:
     """Keys, values and row pointers of dicts, keys in the order of ``place``; int32."""
     state = np.repeat(np.arange(len(lists)), [len(each) for each in lists])
-    keys = torch.tensor([key for each in lists for key in each], dtype=torch.int32)
-    values = torch.tensor([value for each in lists for value in each.values()], dtype=torch.int32)
-    order = torch.from_numpy(np.lexsort((place(keys).numpy(), state)))
-    indptr: Ints = np.cumsum([0, *map(len, lists)])
-    return keys[order], values[order], torch.from_numpy(indptr).int()
+    keys = np.array([key for each in lists for key in each], dtype=np.int32)
+    values = np.array([value for each in lists for value in each.values()], dtype=np.int32)
+    order = np.lexsort((place(torch.from_numpy(keys)).numpy(), state))
+    return keys[order], values[order], np.cumsum([0, *map(len, lists)]).astype(np.int32)
+
+
+_NOTHING = (np.zeros(2, np.int32), *[np.zeros(0, np.int32)] * 2, np.zeros(2, np.int32), np.zeros(0, np.int32))
 
 
 class _BoundForbidden(Bound):
