@@ -86,7 +86,7 @@ class _Bound(Bound):
             barred &= self.context.of_rows(self.fresh, rows)
         # distinct: a token that follows the same n - 1 twice would be an n-gram said twice
         row = torch.arange(rows, device=said.device)[:, None].expand_as(said)
-        return ~mark_bits(row, said.clamp(min=0).long(), barred, rows, self.context.vocab_size)
+        return mark_bits(row, said.clamp(min=0).long(), barred, rows, self.context.vocab_size).bitwise_not_()
 
 
 def _alike(prompt: Ints, n: int) -> Ints:
