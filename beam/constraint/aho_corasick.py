@@ -67,7 +67,7 @@ def build(words: Sequence[Word]) -> Tree:
         while shorter and token[state] not in children[shorter]:
             shorter = failure[shorter]
         failure[state] = children[shorter].get(token[state], 0)
-    return Tree(*(np.array(field, dtype=np.int64) for field in (parent, token, depth, failure)), ends, np.array(levels))
+    return Tree(np.array(parent), np.array(token), np.array(depth), np.array(failure), ends, np.array(levels))
 
 
 def along_failures(tree: Tree, values: Ints, join: Callable[[Ints, Ints], Ints]) -> Ints:

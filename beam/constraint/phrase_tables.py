@@ -1,58 +1,63 @@
 """The automata of the phrases of a batch, on the device: one after the other, a state's number among all of them."""
 
 from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from .phrase_automaton import PhraseAutomaton
 
-_BEYOND = torch.iinfo(torch.int64).max
+_BEYOND = np.iinfo(np.int64).max
 
 
 class PhraseTables:
     """Automata of B requests. ``states`` are numbers among all of theirs, ``met`` sets of satisfied phrases, int64."""
 
-    def __init__(self, automata: Sequence[PhraseAutomaton], of_request: Sequence[int], device: torch.device):
-        """``of_request [B]`` names the automaton of each request."""
+    def __init__(self, automata: Sequence[PhraseAutomaton], number_of_request: Sequence[int], device: torch.device):
+        """``number_of_request [B]`` says which of ``automata`` is whose."""
         columns = max(1, *(len(one.alphabet) for one in automata))
         phrases = max(len(one.lengths) for one in automata)
-        alphabets = torch.full((len(automata), columns), _BEYOND)
-        following, found, base, stride, distance, needed = [], [], [], [], [], []
-        lengths = torch.zeros(len(automata), phrases, dtype=torch.int32)
-        totals, roots, used = [], [], 0
+        states = np.cumsum([0, *(len(one.found) for one in automata)])
+        used = np.cumsum([0, *(one.needed.size for one in automata)])
+        alphabet = np.full((len(automata), columns), _BEYOND)
+        lengths = np.zeros((len(automata), phrases), dtype=np.int32)
+        following = np.zeros((states[-1], columns + 1), dtype=np.int32)
+        distance = np.zeros((states[-1], phrases), dtype=np.int32)
+        base, stride = np.zeros((2, states[-1]), dtype=np.int64)
         for number, one in enumerate(automata):
-            first, size = sum(map(len, found)), len(one.found)
-            alphabets[number, : len(one.alphabet)] = torch.from_numpy(one.alphabet)
-            after = torch.from_numpy(one.following)
-            other = after[:, -1:].expand(-1, columns + 1 - after.shape[1])
-            following.append(torch.cat([after, other], 1) + first)
-            found.append(torch.from_numpy(one.found))
-            exact = one.distance is None
-            sets = one.needed.shape[1] if exact else 0
-            base.append(used + sets * torch.arange(size))
-            stride.append(torch.full((size,), int(exact)))
-            needed.append(torch.from_numpy(one.needed).flatten())
-            used += one.needed.size
-            far = torch.zeros(size, phrases, dtype=torch.int32)
-            if one.distance is not None:
-                far[:, : one.distance.shape[1]] = torch.from_numpy(one.distance)
-                lengths[number, : len(one.lengths)] = torch.from_numpy(one.lengths)
-            distance.append(far)
-            totals.append(one.total)
-            roots.append(first)
-        index = torch.tensor(of_request)
-        self.alphabet = alphabets[index].to(device)  # int64 [B, A], ascending; beyond every token where there is none
-        self.roots = torch.tensor(roots)[index].to(device)  # int64 [B]
-        self.totals = torch.tensor(totals)[index].to(device)  # int64 [B]
-        self.lengths = lengths[index].to(device)  # int32 [B, n], of phrases in ``_distance``
+            own = slice(states[number], states[number + 1])
+            tokens = len(one.alphabet)
+            alphabet[number, :tokens] = one.alphabet
+            following[own] = one.following[:, -1:] + own.start
+            following[own, :tokens] = one.following[:, :-1] + own.start
+            base[own] = used[number]
+            if one.distance is None:
+                sets = one.needed.shape[1]
+                base[own] += sets * np.arange(len(one.found))
+                stride[own] = 1
+            else:
+                distance[own, : len(one.lengths)] = one.distance
+                lengths[number, : len(one.lengths)] = one.lengths
+
+        def of_request(per_automaton: Any) -> Tensor:
+            return on_device(np.asarray(per_automaton)[list(number_of_request)])
+
+        def on_device(array: Any) -> Tensor:
+            return torch.from_numpy(array).to(device)
+
+        self.alphabet = of_request(alphabet)  # int64 [B, A], ascending; beyond every token where there is none
+        self.roots = of_request(states[:-1])  # int64 [B]
+        self.totals = of_request([one.total for one in automata])  # int64 [B]
+        self.lengths = of_request(lengths)  # int32 [B, n], of phrases in ``_distance``
         self.exact = phrases == 0
-        self._following = torch.cat(following).int().to(device)  # [S, A + 1]
-        self._found = torch.cat(found).to(device)  # int64 [S]
-        self._needed = torch.cat(needed).to(device)  # int32, flat
-        self._base, self._stride = torch.cat(base).to(device), torch.cat(stride).to(device)  # int64 [S], into it
-        self._distance = torch.cat(distance).to(device)  # int32 [S, n]
-        self._bits = torch.arange(phrases).to(device)
+        self._following = on_device(following)  # int32 [S, A + 1]
+        self._found = on_device(np.concatenate([one.found for one in automata]))  # int64 [S]
+        self._needed = on_device(np.concatenate([one.needed.ravel() for one in automata]))  # int32, flat
+        self._base, self._stride = on_device(base), on_device(stride)  # int64 [S], of a state's entries in it
+        self._distance = on_device(distance)  # int32 [S, n]
+        self._bits = on_device(np.arange(phrases))
 
     def column(self, tokens: Tensor) -> Tensor:
         """Columns int64 ``[B, m]`` of ``tokens [B, m]``: A for those outside the alphabet."""

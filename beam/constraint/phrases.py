@@ -80,7 +80,7 @@ class Phrases:
         return _BoundPhrases(PhraseTables(automata, [number[id(one)] for one in requests], context.device), context)
 
 
-def parts_of(name: str, given: Any, of: str) -> Sequence[Any]:
+def parts_of(name: str, given: Any, of: str) -> Any:
     """``given`` if it is a list that is not empty."""
     if isinstance(given, (str, bytes)) or not isinstance(given, (Sequence, Tensor, np.ndarray)):
         raise TypeError(f"{name}: expected a list, got {type(given).__name__}")
@@ -96,7 +96,8 @@ def as_word(name: str, given: Any) -> Word:
 
 def _phrase(name: str, given: Any) -> Phrase:
     parts = parts_of(name, given, "token")
-    if isinstance(parts[0], (Sequence, np.ndarray)):
+    first = parts[0]
+    if isinstance(first, Sequence) or (isinstance(first, (Tensor, np.ndarray)) and first.ndim > 0):
         return tuple(as_word(f"{name}[{i}]", part) for i, part in enumerate(parts))
     return (as_word(name, parts),)
 
@@ -106,7 +107,7 @@ class _Progress(NamedTuple):
 
     states: Tensor  # int64 [R]
     met: Tensor  # int64 [R], bits of satisfied phrases
-    count: Tensor  # int64 [R], tokens so far
+    length: Tensor  # int64 [R], tokens so far
 
 
 class _BoundPhrases(Bound):
@@ -131,7 +132,7 @@ class _BoundPhrases(Bound):
     def advance(self, state: _Progress, tokens: Tensor) -> _Progress:
         """See :class:`flashbeam.constraint.Bound`."""
         column = self.tables.column(tokens.view(self.context.batch_size, -1)).flatten()
-        return _Progress(*self.tables.step(state.states, state.met, column), state.count + 1)
+        return _Progress(*self.tables.step(state.states, state.met, column), state.length + 1)
 
     def bitmask(self, state: _Progress) -> Tensor:
         """See :class:`flashbeam.constraint.Bound`."""
@@ -139,7 +140,7 @@ class _BoundPhrases(Bound):
         alphabet, max_lengths = (self.context.of_rows(x, rows) for x in (self.alphabet, self.max_lengths))
         columns = torch.arange(alphabet.shape[1] + 1, device=alphabet.device)
         after = tables.step(state.states[:, None], state.met[:, None], columns)
-        possible = tables.needed(*after) <= (max_lengths - state.count - 1)[:, None]  # [R, A + 1]
+        possible = tables.needed(*after) <= (max_lengths - state.length - 1)[:, None]  # [R, A + 1]
         satisfied = tables.needed(state.states, state.met) == 0
         eos, others = (self.context.of_rows(x, rows) for x in (self.eos, self.others))
         listed = self._mark(alphabet, possible[:, :-1] & (alphabet >= 0))
