@@ -40,8 +40,10 @@ def _select_listed(
     position = request * width + torch.arange(rows.shape[0], device=rows.device) - (count.cumsum(0) - count)[request]
     x = logits.new_full((batch, width), -torch.inf)
     x.view(-1)[position] = logits[rows, listed]
-    parent, token = (rows.new_zeros(batch, width) for _ in range(2))
+    parent = rows.new_zeros(batch, width)
     parent.view(-1)[position] = rows - request * parents
+    # a place without an edge has a token of its own all the same: keys must be distinct
+    token = (vocab_size + torch.arange(width, device=rows.device)).repeat(batch, 1)
     token.view(-1)[position] = listed
     x.masked_fill_(x != x, -torch.inf)  # NaN counts as -inf
     formulas = RowFormulas(log_probs, lse, temperature, divisor)

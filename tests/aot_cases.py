@@ -179,6 +179,51 @@ def _filter_bitmask(dtype: torch.dtype, options: bool, *filters: float) -> tuple
     return _new(ROWS, VOCAB, dtype=dtype), VOCAB, bits, temperature, *filters
 
 
+def _edges(targets: bool, lengths: int = 1) -> tuple[object, ...]:
+    """The fields of ``kernels/automaton.py``'s Edges: a trie of a million items, or an automaton."""
+    states = 4_000_001
+    return (
+        _new(states + 1, dtype=_i32),
+        _new(states - 1, dtype=_i32),
+        _new(states - 1, dtype=_i32) if targets else None,
+        _new(states, lengths, dtype=_i32),
+    )
+
+
+def _rows_in(options: bool, rows: int = ROWS) -> tuple[Tensor, Tensor | None]:
+    """States and windows."""
+    return _new(rows, dtype=_i32), _new(rows, 1, dtype=_i32) if options else None
+
+
+def _summarize_listed(dtype: torch.dtype, options: bool = False) -> tuple[object, ...]:
+    return (
+        *_edges(options),
+        *_rows_in(options),
+        _new(ROWS, VOCAB, dtype=dtype),
+        VOCAB,
+        _bits() if options else None,
+        _new(ROWS) if options else None,
+        _new(ROWS, dtype=torch.bool) if options else None,
+        _new(2, dtype=_i64) if options else None,
+        _new(ROWS, dtype=torch.bool) if options else None,
+    )
+
+
+def _select_listed(dtype: torch.dtype, k: int, options: bool = False) -> tuple[object, ...]:
+    return (
+        *_edges(options),
+        *_rows_in(options),
+        _new(ROWS, VOCAB, dtype=dtype),
+        _new(BATCH, BEAMS),
+        _new(ROWS),
+        VOCAB,
+        k,
+        _bits() if options else None,
+        _new(ROWS) if options else None,
+        _new(BATCH) if options else None,
+    )
+
+
 def _cases() -> list[Case]:
     summary = partial(Case, "summary", "launch_summarize")
     every_option = dict.fromkeys(("bitmask", "temperature", "active", "exclude", "mass"), True)
@@ -193,6 +238,9 @@ def _cases() -> list[Case]:
     chosen = partial(Case, "advance_chosen", "launch_advance_chosen_")
     invert = partial(Case, "invert", "launch_invert_cdf")
     filters = partial(Case, "filters", "launch_filter_bitmask")
+    automaton = partial(Case, "automaton")
+    listed_sums = partial(Case, "listed_summary", "launch_summarize_listed")
+    listed_best = partial(Case, "listed_select", "launch_select_listed")
     return [
         summary("bf16", lambda: _summarize(_bf16)),
         summary("fp16", lambda: _summarize(torch.float16), (90,)),
@@ -258,6 +306,15 @@ def _cases() -> list[Case]:
         filters("fp16, min-p", lambda: _filter_bitmask(torch.float16, False, 0, 1.0, 0.1), (90,)),
         filters("bf16, top-p", lambda: _filter_bitmask(_bf16, False, 0, 0.9, 0.0)),
         filters("fp32, every option", lambda: _filter_bitmask(_f32, True, 50, 0.9, 0.1)),
+        automaton("launch_follow", "tree", lambda: (*_edges(False)[:3], _rows_in(False)[0], _sources())),
+        automaton("launch_follow", "targets", lambda: (*_edges(True)[:3], _rows_in(False)[0], _sources()), (90,)),
+        automaton("launch_listed_bitmask", "tree", lambda: (*_edges(False), *_rows_in(False), VOCAB), (90,)),
+        automaton("launch_listed_bitmask", "targets, window", lambda: (*_edges(True), *_rows_in(True), VOCAB)),
+        listed_sums("bf16, tree", lambda: _summarize_listed(_bf16), (90,)),
+        listed_sums("fp32, every option", lambda: _summarize_listed(_f32, True)),
+        listed_best("bf16, k = 8, tree", lambda: _select_listed(_bf16, 8), (90,)),
+        listed_best("fp32, k = 8, every option", lambda: _select_listed(_f32, 8, True)),
+        listed_best("bf16, k = 256, every option", lambda: _select_listed(_bf16, 256, True), (90,)),
     ]
 
 

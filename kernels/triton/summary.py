@@ -44,7 +44,7 @@ def _tree_sum(x):
 
 
 @triton.jit
-def _sum_exp2(x, ref, scale):
+def sum_exp2(x, ref, scale):
     """sum(exp((x - ref) / temperature)) with ``scale = log2(e) / temperature``: one fma and one ex2 an element."""
     shift = ref * scale
     total = _tree_sum(tl.exp2(tl.fma(x, scale, -shift)))
@@ -54,13 +54,13 @@ def _sum_exp2(x, ref, scale):
 
 
 @triton.jit
-def _finite(x):
+def finite(x):
     """``x`` where it is finite, else 0: -inf - -inf would be NaN."""
     return tl.where(tl.abs(x) == float("inf"), 0.0, x)
 
 
 @triton.jit
-def _as_float(raw):
+def as_float(raw):
     """float32 of logits as loaded; for bfloat16 by a shift, which costs one instruction where a cast costs two."""
     if raw.dtype == tl.bfloat16:
         return (raw.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
@@ -68,18 +68,34 @@ def _as_float(raw):
 
 
 @triton.jit
+def sum_exp2_of_any(x, scale):
+    """Maximum and sum of a tile ``x [R, C]`` that may hold NaN or huge logits; a NaN counts as -inf and is reported."""
+    faults = tl.sum(tl.sum((x != x).to(tl.int32), 0), 0)
+    x = tl.where(x == x, x, -float("inf"))
+    ref = tl.max(tl.max(x, 0), 0)
+    total = _tree_sum(tl.exp2((x - finite(ref)) * scale))
+    return ref, tl.where(faults > 0, -tl.maximum(total, 1.0), total)
+
+
+@triton.jit
+def where_set(bits):
+    """Whether each token's bit is set, ``[R, C]``, of a tile's words ``[R, C // 32]``."""
+    bits = tl.reshape(tl.broadcast_to(bits[:, :, None], [_R, _C // 32, 32]), [_R, _C])  # the word of each token
+    return ((bits >> (tl.arange(0, _C) % 32)[None, :]) & 1) != 0
+
+
+@triton.jit
 def _allowed(x, bits_ptr, start, words):
     """``x [R, C]`` of the tile at ``start``, -inf where the bitmask bars the token."""
     word = tl.arange(0, _R)[:, None] * (_C // 32) + tl.arange(0, _C // 32)[None, :]
     bits = tl.load(bits_ptr + start // 32 + word, mask=start // 32 + word < words, other=0)
-    bits = tl.reshape(tl.broadcast_to(bits[:, :, None], [_R, _C // 32, 32]), [_R, _C])  # the word of each token
-    return tl.where(((bits >> (tl.arange(0, _C) % 32)[None, :]) & 1) != 0, x, -float("inf"))
+    return tl.where(where_set(bits), x, -float("inf"))
 
 
 @triton.jit
 def _mass(candidates, group_max, scale):
     """Sum of exponentials of each group, relative to its maximum."""
-    return _add_rows(tl.exp2((candidates - _finite(group_max)[None, :]) * scale))
+    return _add_rows(tl.exp2((candidates - finite(group_max)[None, :]) * scale))
 
 
 @triton.jit
@@ -137,9 +153,9 @@ def _summarize_kernel(
         if live:
             # converted in each branch: 16-bit values that pass a join are unpacked at the cost of one more instruction
             if start + _TILE <= vocab_size:
-                x = _as_float(tl.load(x_ptr + tokens))
+                x = as_float(tl.load(x_ptr + tokens))
             else:
-                x = _as_float(tl.load(x_ptr + tokens, mask=tokens < vocab_size, other=-float("inf")))
+                x = as_float(tl.load(x_ptr + tokens, mask=tokens < vocab_size, other=-float("inf")))
             candidates = x
             if HAS_BITMASK:
                 candidates = _allowed(x, bits_ptr, start, words)
@@ -150,26 +166,21 @@ def _summarize_kernel(
             ref = tile_max
             if HAS_BITMASK and not RENORMALIZE:
                 ref = tl.max(tl.max(x, 0), 0)
-            total = _sum_exp2(x, _finite(ref), scale)
+            total = sum_exp2(x, finite(ref), scale)
             if MASS:
                 mass = _mass(candidates, group_max, scale)
             if total != total:  # a NaN among the logits, or huge ones: rare, so nothing above looks for them
                 # read again: keeping the tile for this branch would cost registers everywhere
-                x = _as_float(tl.load(x_ptr + tokens, mask=tokens < vocab_size, other=-float("inf")))
+                x = as_float(tl.load(x_ptr + tokens, mask=tokens < vocab_size, other=-float("inf")))
                 candidates = x
                 if HAS_BITMASK:
                     candidates = _allowed(x, bits_ptr, start, words)
                     if RENORMALIZE:
                         x = candidates
-                faults = tl.sum(tl.sum((x != x).to(tl.int32), 0), 0)
-                x = tl.where(x == x, x, -float("inf"))
                 candidates = tl.where(candidates == candidates, candidates, -float("inf"))
                 group_max = tl.max(candidates, 0)
                 tile_max = tl.max(group_max, 0)
-                ref = tl.max(tl.max(x, 0), 0)
-                total = _tree_sum(tl.exp2((x - _finite(ref)) * scale))
-                if faults > 0:
-                    total = -tl.maximum(total, 1.0)
+                ref, total = sum_exp2_of_any(x, scale)
                 if MASS:
                     mass = _mass(candidates, group_max, scale)
             for i in tl.static_range(N_EXCLUDE):
@@ -182,14 +193,14 @@ def _summarize_kernel(
                         candidate = candidate & (((bits >> (members % 32)) & 1) != 0)
                     for j in tl.static_range(N_EXCLUDE):
                         candidate = candidate & (members != tl.load(exclude_ptr + j).to(tl.int32))
-                    member = _as_float(tl.load(x_ptr + members, mask=candidate, other=-float("inf")))
+                    member = as_float(tl.load(x_ptr + members, mask=candidate, other=-float("inf")))
                     member = tl.where(member == member, member, -float("inf"))
                     here = columns == token % _C
                     top = tl.max(member, 0)
                     group_max = tl.where(here, top, group_max)
                     tile_max = tl.max(group_max, 0)
                     if MASS:
-                        mass = tl.where(here, _add_members(tl.exp2((member - _finite(top)) * scale)), mass)
+                        mass = tl.where(here, _add_members(tl.exp2((member - finite(top)) * scale)), mass)
             if MASS:
                 tl.store(group_mass_ptr + tile * _C + columns, mass)
             out_type = group_max_ptr.dtype.element_ty
