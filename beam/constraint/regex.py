@@ -18,6 +18,7 @@ from .characters import Intervals, characters, ops, parser, utf8
 from .reach import Bools, Ints, leads_to
 
 MOST_STATES = 100_000  # of either automaton
+_MOST_WORK = 300_000_000  # entries of tables looked at to find states that are alike
 _CHARACTERS = {ops.LITERAL, ops.NOT_LITERAL, ops.ANY, ops.IN}
 _REPEATS = {ops.MAX_REPEAT, ops.MIN_REPEAT}
 _TYPE_FLAGS = re.ASCII | re.LOCALE | re.UNICODE
@@ -201,4 +202,23 @@ def _deterministic(nfa: _Nfa, end: int) -> Dfa:
     accepts = np.array(accepting, np.bool_)
     alive = leads_to(sources, targets, accepts)[targets]
     table[sources[alive], labels[alive]] = targets[alive]
-    return Dfa(table, accepts, bounds, kinds)
+    return Dfa(*_fewer(table, accepts), bounds, kinds)
+
+
+def _fewer(table: Ints, accepting: Bools) -> tuple[Ints, Bools]:
+    """One state for all that accept the same (Moore), unless to find them would take long: a matter of size only."""
+    weights = np.random.default_rng(0).integers(2**63, size=table.shape[1] + 1, dtype=np.uint64)
+    block = accepting.astype(np.int64)
+    for _ in range(1 + _MOST_WORK // table.size):
+        following = np.column_stack([block, np.where(table < 0, -1, block[table])])
+        rows = np.unique(following.astype(np.uint64) @ weights, return_index=True, return_inverse=True)
+        first, same_as = rows[1], rows[2].reshape(-1)
+        if (following != following[first[same_as]]).any():  # sums that collide
+            return table, accepting
+        if len(first) == len(np.unique(block)):
+            order = np.argsort(first)  # which leaves the start in front
+            rank = np.argsort(order)[same_as].astype(np.int32)
+            chosen = table[first[order]]
+            return np.where(chosen < 0, np.int32(-1), rank[chosen]), accepting[first[order]]
+        block = same_as
+    return table, accepting
