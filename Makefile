@@ -15,7 +15,7 @@ export DEMO_PROMPT := $(value PROMPT)
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile
 
-demo: $(INSTALLED) ## complete code prompts by beam search: make demo PROMPT='def ', VIEW=stochastic, diverse or sample
+demo: $(INSTALLED) ## complete code prompts by beam search: make demo PROMPT='def ', VIEW=stochastic, diverse, sample or trie
 	@.venv/bin/python docs/examples/demo.py $(VIEW:%=--%) $${DEMO_PROMPT:+-- "$$DEMO_PROMPT"}
 
 test: $(INSTALLED) ## the whole test suite: make test ARGS='-k order'

@@ -1,5 +1,6 @@
 """The demo: its language model, the loop that newcomers copy, the tree it draws, and what it says to whom."""
 
+import importlib
 import json
 import math
 import os
@@ -21,8 +22,9 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "docs" / "examples"))
 from choose import COUNT, choose, distinct_bigrams, sequences
 from code_corpus import PROMPTS as HELD_OUT
 from codelm import EOS_ID, WEIGHTS, CodeLM, Tokenizer, load
-from demo import PROMPTS, complete, main
+from demo import BEFORE_NAMES, PROMPTS, complete, main
 from evaluate import best_completions
+from names import any_identifier, complete_names, find_cursor, find_cursors, is_public, read_names, real_names
 from report import NOISE, Completions
 from terminal import cut, one_line, printable
 from tree import Ending, Line, draw, grow
@@ -248,13 +250,16 @@ def test_demo_completes_prompts_of_the_user() -> None:
         (["--threads", "-1"], "--threads: expected a whole number from 1 to 1024, got '-1'"),
         (
             ["--colour"],
-            "--colour: expected --stochastic, --diverse, --sample, --seed, --beams, --max-length, --num, --threads or "
-            "--help, got '--colour'",
+            "--colour: expected --stochastic, --diverse, --sample, --trie, --seed, --beams, --max-length, --num, "
+            "--threads or --help, got '--colour'",
         ),
         (["--stochastic", "--diverse"], "--diverse: expected no other view beside it, got --stochastic"),
         (["--sample", "--beams", "4"], "--beams: expected no view beside it, got --sample"),
         (["--seed", "1"], "--seed: expected --stochastic or --sample beside it, got neither"),
         (["--diverse", "--seed", "1"], "--seed: expected --stochastic or --sample beside it, got --diverse"),
+        (["--trie", "--seed", "1"], "--seed: expected --stochastic or --sample beside it, got --trie"),
+        (["--trie", "x = os.zz"], "PROMPT: expected the beginning of names of os at its end, got 'zz'"),
+        (["--trie", "pr", "x = 1"], "PROMPT: expected the beginning of builtins or modules at its end, got '1'"),
         (["--sample", "--seed", "-1"], "--seed: expected a whole number from 0 to 999999999, got '-1'"),
     ],
 )
@@ -289,8 +294,8 @@ Show = Callable[..., str]
 def show(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Show:
     """Run the program on ``TEXTS``, without the seconds a new process takes."""
 
-    def run(*arguments: str, length: int = LENGTH) -> str:
-        monkeypatch.setattr(sys, "argv", ["demo.py", *arguments, "--max-length", str(length), "--", *TEXTS])
+    def run(*arguments: str, length: int = LENGTH, texts: Sequence[str] = TEXTS) -> str:
+        monkeypatch.setattr(sys, "argv", ["demo.py", *arguments, "--max-length", str(length), "--", *texts])
         monkeypatch.setenv("COLUMNS", "80")
         main()
         return capsys.readouterr().out
@@ -432,7 +437,7 @@ def test_distinct_bigrams() -> None:
     assert distinct_bigrams([]) == (0, 0)
 
 
-@pytest.mark.parametrize("view", ["stochastic", "diverse", "sample"])
+@pytest.mark.parametrize("view", ["stochastic", "diverse", "sample", "trie"])
 def test_view_fits_the_terminal(view: str, show: Show) -> None:
     text = show(f"--{view}")
     assert "\x1b" not in text
@@ -447,6 +452,7 @@ def test_make_passes_the_view_beside_the_prompt() -> None:
     for arguments, expected in (
         ([], ""),
         (["VIEW=stochastic"], "--stochastic|"),
+        (["VIEW=trie"], "--trie|"),
         (["VIEW=sample", "PROMPT=it's $(x) "], "--sample|--|it's $(x) |"),
     ):
         root = EXAMPLES.parents[1]
@@ -458,6 +464,95 @@ def test_make_passes_the_view_beside_the_prompt() -> None:
         shell = {**environment, "DEMO_PROMPT": prompt}
         said = subprocess.run(["sh", "-c", echo], env=shell, capture_output=True, text=True, check=True).stdout
         assert said.removeprefix("|") == expected  # printf without arguments prints one
+
+
+# the names
+
+
+@pytest.mark.parametrize(
+    "prompt, before, place, some",
+    [
+        ("x = os.pa", "x = os.", "names of os", {"path", "pathsep", "pardir"}),
+        ("os.path.jo", "os.path.", "names of os.path", {"join"}),
+        ("str.sp", "str.", "names of builtins.str", {"split", "splitlines"}),
+        ('", ".jo', '", ".', "names of any module", {"join"}),
+        ("self.appe", "self.", "names of any module", {"append"}),
+        ("from json import ", "from json import", "names of json", {"load", "dumps", "decoder"}),
+        ("from json import loads, dum", "from json import loads,", "names of json", {"dump", "dumps"}),
+        ("import js", "import", "modules", {"json"}),
+        ("    ran", "    ", "builtins or modules", {"range", "random"}),
+        ("x = 1\n\nfor i in ran", "x = 1\n\nfor i in", "builtins or modules", {"range", "random"}),
+        ("f(", "f(", "builtins or modules", {"range", "print", "os"}),
+        ("f(Tru", "f(", "builtins or modules", set()),  # a keyword
+        ("x = 1", "x =", "builtins or modules", set()),
+    ],
+)
+def test_legal_names_follow_from_the_prompt(prompt: str, before: str, place: str, some: set[str]) -> None:
+    cursor = find_cursor(prompt, read_names())
+    assert (cursor.before, cursor.place) == (before, place)
+    assert some <= set(cursor.names) and bool(some) == bool(cursor.names)
+    spelled = [cursor.before + cursor.spelled(name) for name in cursor.names]
+    assert all(text.startswith(prompt) for text in spelled)
+
+
+def test_names_are_those_of_python() -> None:
+    known = read_names()
+    for names in known.values():
+        assert names == sorted(set(names)) and all(map(is_public, names))
+    for module in ("builtins", "collections", "json", "math", "os.path", "re"):  # whatever version runs the tests
+        there = [hasattr(importlib.import_module(module), name) for name in known[module]]
+        assert np.mean(there) > 0.9, module
+    assert {name for name in dir(str) if is_public(name)} >= set(known["builtins.str"])
+
+
+@torch.inference_mode()
+def test_names_have_the_log_probs_of_a_rescoring_from_scratch(lm: tuple[CodeLM, Tokenizer]) -> None:
+    model, tokenizer = lm
+    cursors = find_cursors(BEFORE_NAMES)
+    found = complete_names(*lm, cursors, [real_names(cursor, tokenizer) for cursor in cursors], 64)
+    word = re.compile(rb"[A-Za-z0-9_\x80-\xff]")
+    ends = torch.tensor([not word.match(piece) for piece in tokenizer.pieces])
+    for cursor, names in zip(cursors, found, strict=True):
+        assert len(names) == min(COUNT, len(cursor.names))  # fewer names than beams: exactly those
+        assert len({name.text for name in names}) == len(names)
+        for name in names:
+            assert name.real and name.text in cursor.names
+            before, tokens = tokenizer.encode(cursor.before), tokenizer.encode_piece(cursor.spelled(name.text))
+            read = torch.tensor([[EOS_ID, *before, *tokens]])
+            states, _ = model.states(read, None)
+            log_probs = (states[0, len(before) :] @ model.embedding.weight.T).log_softmax(-1)
+            each = log_probs[range(len(tokens)), tokens].sum() + log_probs[-1, ends].logsumexp(0)
+            assert name.log_prob == pytest.approx(each.item(), abs=1e-3)
+
+
+def test_any_identifier_may_be_invented_but_begins_as_typed(lm: tuple[CodeLM, Tokenizer]) -> None:
+    cursors = find_cursors(BEFORE_NAMES)
+    found = complete_names(*lm, cursors, [any_identifier(cursor, lm[1]) for cursor in cursors], 64)
+    for cursor, names in zip(cursors, found, strict=True):
+        assert len(names) == COUNT
+        assert all(name.text.isidentifier() and name.text.startswith(cursor.typed.strip()) for name in names)
+        assert [name.real for name in names] == [name.text in cursor.names for name in names]
+        assert not all(name.real for name in names)
+
+
+def test_trie_view_marks_what_is_invented(show: Show) -> None:
+    texts = ("x = json.l", "from collections import ")
+    *shown, end = parts(show("--trie", "--num", "7", texts=texts))
+    counts = {"any identifier": [0, 0], "real names": [0, 0]}
+    for part, cursor in zip(shown, find_cursors(texts), strict=True):
+        assert f"{len(cursor.names)} {cursor.place}\n" in part
+        for line in part.splitlines():
+            cells = re.findall(r"(-\d+\.\d\d)  (✗?) +(\w+)", line)
+            for way, (log_prob, mark, name) in zip(counts, cells, strict=False):
+                assert (name in cursor.names) == (not mark)
+                assert float(log_prob) < 0.0
+                counts[way][0] += 1
+                counts[way][1] += not mark
+    assert counts["real names"] == [2 + 7, 2 + 7]
+    said = {line[:16].strip(): line[16:].split() for line in end.splitlines()[1:]}
+    assert said["real names"][:2] == ["10", "10"]
+    assert float(said["real names"][2]) >= float(said["any identifier"][2])
+    assert counts["any identifier"][0] == 2 * 7 > counts["any identifier"][1] > 0
 
 
 # the licence

@@ -58,14 +58,14 @@ class Tokenizer:
             if index:
                 ids.append(EOS_ID)
             for piece in PIECE.findall(paragraph):
-                ids.extend(self._encode_piece(piece))
+                ids.extend(self.encode_piece(piece))
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
         """Turn ids into text; ``eos_id`` becomes an empty line, bytes that are not UTF-8 become U+FFFD."""
         return b"".join(self.pieces[i] for i in ids).decode("utf-8", errors="replace")
 
-    def _encode_piece(self, piece: str) -> list[int]:
+    def encode_piece(self, piece: str) -> list[int]:
         if piece not in self._known:
             ids = list(piece.encode())
             # the merge learned first goes first, at its leftmost place

@@ -1,7 +1,8 @@
 """Complete prompts of Python code by beam search: greedy beside wider beams, with their n-best and their search tree.
 
 ``complete`` is the decode loop to copy; ``codelm.py`` is the model it drives, ``report.py`` prints what it returns.
-With ``--stochastic``, ``--diverse`` or ``--sample``, ``choose.py`` chooses otherwise and ``views.py`` prints that.
+With ``--stochastic``, ``--diverse`` or ``--sample``, ``choose.py`` chooses otherwise; with ``--trie``, ``names.py``
+completes one name, of those there are. ``views.py`` prints that.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch
 
 import flashbeam as fb
 from codelm import EOS_ID, CodeLM, Tokenizer, load
+from names import find_cursors
 from report import Completions, Report
 from terminal import Progress
 from views import COUNT, Views
@@ -28,6 +30,12 @@ PROMPTS = (
     "    try:\n        fd = os.open(",
     "if __name__ == '__main__':\n    ",
 )
+BEFORE_NAMES = (  # of --trie
+    "def read_json(path):\n    with open(path) as f:\n        return json.l",
+    "from collections import ",
+    "    parser = argparse.",
+    "    raise No",
+)
 CONTEXT = 256  # tokens the model was trained to look back
 MAX_BEAM_SIZE = 256
 MAX_THREADS = 1024
@@ -37,6 +45,7 @@ VIEWS = {
     "stochastic": f"{COUNT} samples without replacement, with their weights in an estimate",
     "diverse": f"{COUNT} beams beside beams that avoid each other",
     "sample": f"{COUNT} samples, independent and spread evenly",
+    "trie": f"{COUNT} identifiers beside {COUNT} names of builtins and the standard library",
 }
 
 
@@ -192,10 +201,13 @@ def encode(parser: Parser, tokenizer: Tokenizer, prompts: Sequence[str], max_len
 def main() -> None:
     parser = make_parser()
     args = read_arguments(parser)
-    prompts = args.prompts or PROMPTS
+    prompts = args.prompts or (BEFORE_NAMES if args.view == "trie" else PROMPTS)
     torch.set_num_threads(args.threads)
     model, tokenizer = load()
     encoded = encode(parser, tokenizer, prompts, args.max_length)
+    for cursor in find_cursors(prompts) if args.view == "trie" else ():
+        if not cursor.names:
+            parser.error(f"PROMPT: expected the beginning of {cursor.place} at its end, got {cursor.typed.strip()!r}")
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal without the symbols shows "?"
     report = Report(tokenizer)

@@ -1,14 +1,17 @@
-"""The views of the demo besides beams of several widths: ``demo.py --stochastic``, ``--diverse`` and ``--sample``."""
+"""The demo's views besides beams of several widths: ``--stochastic``, ``--diverse``, ``--sample`` and ``--trie``."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from itertools import zip_longest
 
 from torch import Tensor
 
 import flashbeam as fb
 from choose import COUNT, choose_all, distinct_bigrams, expected_lengths, sequences
 from codelm import CodeLM, Tokenizer
+from names import Name, any_identifier, complete_names, find_cursors, real_names
 from report import Report
 from terminal import cut, one_line
 
@@ -32,7 +35,8 @@ class Views:
 
     def show(self, view: str, prompts: Sequence[str], encoded: list[list[int]]) -> None:
         """Print the view of that name; ``encoded`` are the prompts' tokens."""
-        {"stochastic": self._stochastic, "diverse": self._diverse, "sample": self._sample}[view](prompts, encoded)
+        views = {"stochastic": self._stochastic, "diverse": self._diverse, "sample": self._sample, "trie": self._trie}
+        views[view](prompts, encoded)
 
     def _stochastic(self, prompts: Sequence[str], encoded: list[list[int]]) -> None:
         rules = {"stochastic": fb.Stochastic(self.seed), "plain": fb.Sample(self.seed)}
@@ -107,15 +111,46 @@ class Views:
             mean = sum(distinct[name]) / len(prompts)
             print(f"  {name:10}{mean:15.1f}{hyps.log_probs.mean():15.2f}{hyps.sampling_log_probs.mean():10.2f}")
 
+    def _trie(self, prompts: Sequence[str], encoded: list[list[int]]) -> None:
+        cursors = find_cursors(prompts)
+        found = {}
+        for way, make in {"any identifier": any_identifier, "real names": real_names}.items():
+            constraints = [make(cursor, self.tokenizer) for cursor in cursors]
+            found[way] = complete_names(self.model, self.tokenizer, cursors, constraints, self.max_length)
+        self._title(
+            f"{COUNT} beams with fb.Automaton.from_regex beside {COUNT} with fb.Trie",
+            "log-prob: of a name and its end, whatever follows; ✗ there is no such name here",
+        )
+        width = self.report.columns // 2 - 15
+        for request, (prompt, cursor) in enumerate(zip(prompts, cursors, strict=True)):
+            titles = "any identifier", cut(f"{len(cursor.names)} {cursor.place}", width)
+            head = "".join(f"   log-prob    {title:{width}}" for title in titles).rstrip()
+            self._prompt(f"Prompt {request + 1} of {len(prompts)}", prompt, head=head)
+            columns = [[self._name(each, width) for each in of_way[request][: self.num]] for of_way in found.values()]
+            for cells in zip_longest(*columns, fillvalue=" " * (15 + width)):
+                print("".join(cells).rstrip())
+            print()
+        self.report.rule("All prompts")
+        self.report.note(f"  {'':14}  found  real  probability of the real ones, mean")
+        for way, of_way in found.items():
+            real = [each for of_prompt in of_way for each in of_prompt if each.real]
+            probability = sum(math.exp(each.log_prob) for each in real) / len(prompts)
+            print(f"  {way:14}{sum(map(len, of_way)):7}{len(real):6}{probability:13.3f}")
+
+    def _name(self, name: Name, width: int) -> str:
+        """A name in ``15 + width`` columns."""
+        text = f"{'' if name.real else '✗':2}{cut(name.text, width - 2)}"
+        return f"{name.log_prob:11.2f}  {text:{width + 2}}"
+
     def _title(self, *lines: str) -> None:
         for line in lines:
             self.report.note(line)
         self.report.note(f"▸ completions begin; ↵ new line, a blank per level; + no end in {self.max_length} tokens\n")
 
-    def _prompt(self, title: str, prompt: str, *columns: str) -> None:
+    def _prompt(self, title: str, prompt: str, *columns: str, head: str = "  tokens  completion") -> None:
         self.report.rule(title)
         print(f"  {cut(one_line(prompt), self.report.columns - 3)}{self.report.style.dim('▸')}")
-        self.report.note(f"\n{''.join(f'{name:>11}' for name in columns)}  tokens  completion")
+        self.report.note(f"\n{''.join(f'{name:>11}' for name in columns)}{head}")
 
     def _completions(self, hyps: fb.Hypotheses, request: int, *columns: Tensor) -> None:
         """A line for each completion: its numbers, then its text."""
