@@ -128,8 +128,8 @@ def complete_names(
 
 def collect_names() -> dict[str, list[str]]:
     """Import every module of the standard library that can be, and list what ``read_names`` returns."""
-    kinds = [kind for kind in vars(builtins).values() if isinstance(kind, type) and not issubclass(kind, BaseException)]
-    found = {f"builtins.{kind.__name__}": dir(kind) for kind in kinds}
+    kinds = {name: kind for name, kind in vars(builtins).items() if isinstance(kind, type) and is_public(name)}
+    found = {f"builtins.{name}": dir(kind) for name, kind in kinds.items() if not issubclass(kind, BaseException)}
     waiting = ["os.path", *sys.stdlib_module_names - SKIPPED]
     for path in waiting:  # which grows
         if any(part.startswith("_") or part in ("test", "tests") for part in path.split(".")):
