@@ -62,7 +62,7 @@ class Copy:
 
 class _State(NamedTuple):
     at: Tensor  # bool [R, M, S]
-    count: Tensor  # int64 [R], tokens so far
+    lengths: Tensor  # int64 [R], tokens so far
 
 
 class _Sources(NamedTuple):
@@ -113,23 +113,23 @@ class _Bound(Bound):
     def advance(self, state: _State, tokens: Tensor) -> _State:
         source = self._of_rows(state)
         copied = source.tokens == tokens[:, None].int()
-        return _State(self._next(state, source) & copied[:, None], state.count + 1)
+        return _State(self._next(state, source) & copied[:, None], state.lengths + 1)
 
     def bitmask(self, state: _State) -> Tensor:
         source = self._of_rows(state)
-        places = (self._next(state, source) & self._hopeful(source, state.count + 1)).any(1)  # bool [R, S]
+        places = (self._next(state, source) & self._hopeful(source, state.lengths + 1)).any(1)  # bool [R, S]
         rows, vocab_size = places.shape[0], self.context.vocab_size
         row = torch.arange(rows, device=places.device)[:, None].expand_as(places)
         # a token at several places is marked at the first of them
         marked = torch.zeros(places.numel(), dtype=torch.int32, device=places.device)
         marked.scatter_add_(0, (row * places.shape[1] + source.first).flatten(), places.flatten().int())
         bitmask = mark_bits(row, source.tokens.clamp(min=0).long(), marked.view_as(places) > 0, rows, vocab_size)
-        ends = state.at[:, 0].any(1) | (state.count == 0)
+        ends = state.at[:, 0].any(1) | (state.lengths == 0)
         bitmask |= self.eos_bits * ends[:, None]
         return bitmask.masked_fill_(source.free[:, None], -1)
 
     def _of_rows(self, state: _State) -> _Sources:
-        return _Sources(*(self.context.of_rows(field, state.count.shape[0]) for field in self.sources))
+        return _Sources(*(self.context.of_rows(field, state.lengths.shape[0]) for field in self.sources))
 
     def _next(self, state: _State, source: _Sources) -> Tensor:
         """bool ``[R, M, S]``: where a row can be after one more token, whichever it is."""
@@ -137,7 +137,7 @@ class _Bound(Bound):
         goes_on = pad(state.at[:, 1:, :-1], (1, 0, 0, 1))
         goes_on[:, 0, 1:] |= complete[:, :-1]
         behind = pad(complete.cumsum(1)[:, :-1] > 0, (1, 0))  # a span ends before this place
-        begins = behind | (source.anywhere & complete.any(1))[:, None] | (state.count == 0)[:, None]
+        begins = behind | (source.anywhere & complete.any(1))[:, None] | (state.lengths == 0)[:, None]
         starts = self.lacking == source.min_span[:, None, None] - 1  # [R, M, 1]
         return (goes_on | (begins[:, None] & starts)) & (self.places < source.length[:, None])[:, None]
 

@@ -39,7 +39,7 @@ class Prefix:
 
 
 class _State(NamedTuple):
-    count: Tensor  # int64 [R], tokens so far
+    lengths: Tensor  # int64 [R], tokens so far
 
 
 class _Bound(Bound):
@@ -55,12 +55,12 @@ class _Bound(Bound):
         return _State(torch.zeros(self.context.rows, dtype=torch.int64, device=self.context.device))
 
     def advance(self, state: _State, tokens: Tensor) -> _State:
-        return _State(state.count + 1)
+        return _State(state.lengths + 1)
 
     def bitmask(self, state: _State) -> Tensor:
-        rows, longest = state.count.shape[0], self.prefixes.shape[1] - 1
+        rows, longest = state.lengths.shape[0], self.prefixes.shape[1] - 1
         prefixes = self.context.of_rows(self.prefixes, rows)
-        forced = prefixes.gather(1, state.count.clamp(max=longest)[:, None])  # [R, 1], -1: nothing is
+        forced = prefixes.gather(1, state.lengths.clamp(max=longest)[:, None])  # [R, 1], -1: nothing is
         free = (forced < 0).int().neg()
         bitmask = free.repeat(1, -(-self.context.vocab_size // 32))
         token = forced.clamp(min=0)

@@ -15,7 +15,7 @@ class Said(NamedTuple):
     """The tokens of each row, in the order they were said; rows first, so that they follow the beams."""
 
     tokens: Tensor  # int32 [R, W]; -1 where nothing is said yet
-    count: Tensor  # int64 [R], places filled
+    lengths: Tensor  # int64 [R], places filled
 
     @staticmethod
     def begin(context: Context, prompts: Sequence[Ints] | None = None) -> "Said":
@@ -29,5 +29,5 @@ class Said(NamedTuple):
 
     def then(self, tokens: Tensor) -> "Said":
         """With ``tokens [R]`` said too. A full row, whose search is over, loses its last."""
-        place = self.count.clamp(max=self.tokens.shape[1] - 1)[:, None]
-        return Said(self.tokens.scatter(1, place, tokens[:, None].int()), self.count + 1)
+        place = self.lengths.clamp(max=self.tokens.shape[1] - 1)[:, None]
+        return Said(self.tokens.scatter(1, place, tokens[:, None].int()), self.lengths + 1)
