@@ -3,7 +3,19 @@
 from flashbeam.kernels import FLAG_DEAD_END, FLAG_INEXACT, FLAG_INF, FLAG_NAN
 
 from .cache import reorder
-from .constraint import AllOf, Automaton, ForbiddenPhrases, NoRepeatNgram, Phrases, Prefix, RepetitionPenalty, Trie
+from .constraint import (
+    AllOf,
+    Automaton,
+    Copy,
+    ForbiddenPhrases,
+    Grammar,
+    NoRepeatNgram,
+    Phrases,
+    Prefix,
+    RepetitionPenalty,
+    SuffixVeto,
+    Trie,
+)
 from .decode import decode
 from .estimate import estimate, weights
 from .hypotheses import Hypotheses
@@ -37,6 +49,7 @@ __all__ = [
     "Automaton",
     "BeamSearch",
     "ConditionalPoisson",
+    "Copy",
     "DiverseGroups",
     "DiverseSiblings",
     "DynamicWidth",
@@ -44,6 +57,7 @@ __all__ = [
     "Exhausted",
     "FirstFinished",
     "ForbiddenPhrases",
+    "Grammar",
     "Hypotheses",
     "NoRepeatNgram",
     "Noised",
@@ -56,6 +70,7 @@ __all__ = [
     "State",
     "Step",
     "Stochastic",
+    "SuffixVeto",
     "TopK",
     "Trie",
     "decode",
