@@ -37,6 +37,7 @@ def banked(expansion: Expansion, k: int) -> Ranked | Decided:
     """The ``k`` first in the order of banks, in the total order."""
     assert expansion.banks is not None
     count = k if expansion.veto is None else max(k, expansion.veto.considers or _SHOWN_PER_BEAM * k)
+    count = min(count, expansion.vocab_size)
     found = _candidates(expansion, expansion.banks, count)
     ends = endings_of(expansion, found.lse)
     in_place = expansion.divisor is not None
