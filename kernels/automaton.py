@@ -44,8 +44,12 @@ def allowed_edges(
     edges = torch.arange(rows.shape[0], device=rows.device) + (first - last + count)[rows]
     if window is not None:
         following = edges + 1 if targets is None else targets[edges]
-        allowed = (reach[following] & window[rows]).any(-1)
-        rows, edges = rows[allowed], edges[allowed]
+        meets = rows.new_zeros(rows.shape, dtype=torch.int32)
+        for length in range(reach.shape[1]):
+            meets |= reach[:, length][following] & window[:, length][rows]
+        kept = meets.nonzero()[:, 0]
+        if kept.shape != rows.shape:
+            rows, edges = rows[kept], edges[kept]
     return rows, edges
 
 

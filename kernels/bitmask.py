@@ -33,7 +33,7 @@ def words_of(vocab_size: int) -> int:
 
 def bits_at(bitmask: Tensor, rows: Tensor | slice, tokens: Tensor) -> Tensor:
     """bool: the bits of single tokens, ``rows`` and ``tokens`` indexing together as in ``allowed[rows, tokens]``."""
-    return (bitmask[rows, tokens // WORD_BITS] >> (tokens % WORD_BITS)) & 1 != 0
+    return (bitmask[rows, tokens >> 5] >> (tokens & 31)) & 1 != 0
 
 
 def mark_bits(rows: Tensor, tokens: Tensor, marked: Tensor, size: int, vocab_size: int) -> Tensor:

@@ -31,17 +31,17 @@ def _select_listed(
     rows, edges = allowed_edges(indptr, targets, reach, states.masked_fill(~expanded, -1), window)
     listed = tokens[edges].long()
     if bitmask is not None:
-        kept = bits_at(bitmask, rows, listed)
+        kept = bits_at(bitmask, rows, listed).nonzero()[:, 0]
         rows, listed = rows[kept], listed[kept]
     # one line a request: the edges of all its parents, one after the other
-    request = rows // parents
-    count = torch.bincount(request, minlength=batch)
+    count = torch.bincount(rows, minlength=batch * parents).view(batch, parents).sum(1)
     width = max(1, int(count.amax())) if batch else 1
-    position = request * width + torch.arange(rows.shape[0], device=rows.device) - (count.cumsum(0) - count)[request]
+    step = torch.arange(0, batch * width, width, device=rows.device) - count.cumsum(0) + count
+    position = torch.arange(rows.shape[0], device=rows.device) + step.repeat_interleave(count)
     x = logits.new_full((batch, width), -torch.inf)
     x.view(-1)[position] = logits[rows, listed]
     parent = rows.new_zeros(batch, width)
-    parent.view(-1)[position] = rows - request * parents
+    parent.view(-1)[position] = torch.arange(parents, device=rows.device).repeat(batch)[rows]
     # a place without an edge has a token of its own all the same: keys must be distinct
     token = (vocab_size + torch.arange(width, device=rows.device)).repeat(batch, 1)
     token.view(-1)[position] = listed

@@ -21,47 +21,42 @@ def _new_sums(logits: Tensor, vocab_size: int) -> tuple[Tensor, Tensor]:
     return logits.new_empty(rows, tiles), logits.new_empty(rows, tiles, dtype=torch.float32)
 
 
-def _listed(
-    indptr: Tensor,
-    tokens: Tensor,
-    targets: Tensor | None,
-    reach: Tensor,
-    states: Tensor,
-    window: Tensor | None,
-    vocab_size: int,
-    bitmask: Tensor | None,
-    ends: Tensor | None,
-    may_end: Tensor | None,
+def _with_ends(
+    rows: Tensor, listed: Tensor, keys: Tensor, ends: Tensor, may_end: Tensor, span: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows, tokens and places ``[M]`` of what is listed, in order of row and place."""
-    rows, edges = allowed_edges(indptr, targets, reach, states, window)
-    listed = tokens[edges].long()
-    where = place(listed)
-    if ends is not None and may_end is not None:
-        known = ends[(ends >= 0) & (ends < vocab_size)].unique()
-        ending = may_end.nonzero()[:, 0]
-        rows = torch.cat([rows, ending.repeat_interleave(known.shape[0])])
-        listed = torch.cat([listed, known.repeat(ending.shape[0])])
-        where = place(listed)
-        order = (rows * (tiles_of(vocab_size) * TILE) + where).sort().indices
-        rows, listed, where = rows[order], listed[order], where[order]
-    if bitmask is not None:
-        kept = bits_at(bitmask, rows, listed)
-        rows, listed, where = rows[kept], listed[kept], where[kept]
-    return rows, listed, where
+    """Rows, tokens and keys ``[M]`` and those of the distinct ``ends`` of rows that may end, in order of the keys."""
+    ends = ends[place(ends).argsort()]
+    ending = may_end.nonzero()[:, 0]
+    more_rows, more = ending.repeat_interleave(ends.shape[0]), ends.repeat(ending.shape[0])
+    more_keys = more_rows * span + place(more)
+    before = torch.searchsorted(keys, more_keys)  # both ascend, so merging needs no sort
+    shift = torch.bincount(before, minlength=keys.shape[0] + 1).cumsum(0)[:-1]
+    places = torch.cat([shift, before])
+    places += torch.cat([torch.arange(n, device=rows.device) for n in (keys.shape[0], more.shape[0])])
+    return tuple(  # type: ignore[return-value]
+        torch.empty_like(places).scatter_(0, places, torch.cat(pair))
+        for pair in ((rows, more_rows), (listed, more), (keys, more_keys))
+    )
 
 
-def _merge(values: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
-    """Sums of ``values [M]`` by tile, and the tiles; ``keys``, tiles above places, ascend and are distinct."""
-    for _ in range(TILE.bit_length() - 1):
-        keys = keys >> 1
-        again = keys[1:] == keys[:-1]
-        if bool(again.any()):
-            first = torch.nn.functional.pad(~again, (1, 0), value=True)
-            pairs = torch.nn.functional.pad(again, (0, 1))
-            values[pairs] += values[~first]
-            values, keys = values[first], keys[first]
-    return values, keys
+def _merge(values: Tensor, keys: Tensor) -> Tensor:
+    """Add up ``values [M]`` of each tile in the first of them; ``keys``, tiles above places, ascend and are distinct.
+
+    Returns whether a value is the first of its tile. A segment is what is merged already; its first value holds its sum.
+    """
+    size = values.shape[0]
+    apart = keys[1:] ^ keys[:-1]  # its highest bit says at which level neighbours meet
+    first = torch.cat([apart.new_ones(min(size, 1), dtype=torch.bool), apart >= TILE])
+    left = torch.arange(-1, size, device=keys.device)  # the first value of the segment that ends before a value
+    last = torch.arange(size, device=keys.device)  # the last value of the segment that begins with a value
+    for level in range(TILE.bit_length() - 1):
+        right = ((apart >> level) == 1).nonzero()[:, 0] + 1
+        if right.shape[0] > 0:
+            into, end = left[right], last[right]
+            values[into] += values[right]
+            last[into] = end
+            left[end + 1] = into
+    return first
 
 
 def _summarize_listed(
@@ -85,9 +80,17 @@ def _summarize_listed(
     if active is not None:
         states = states.masked_fill(~active, -1)
         may_end = None if may_end is None else may_end & active
-    rows, listed, where = _listed(indptr, tokens, targets, reach, states, window, vocab_size, bitmask, ends, may_end)
-    keys = rows * (tiles * TILE) + where
-    tile = keys // TILE
+    span = tiles * TILE
+    rows, edges = allowed_edges(indptr, targets, reach, states, window)
+    listed = tokens[edges].long()
+    keys = rows * span + place(listed)
+    if ends is not None and may_end is not None:
+        known = ends[(ends >= 0) & (ends < vocab_size)].unique()
+        rows, listed, keys = _with_ends(rows, listed, keys, known, may_end, span)
+    if bitmask is not None:
+        kept = bits_at(bitmask, rows, listed).nonzero()[:, 0]
+        rows, listed, keys = rows[kept], listed[kept], keys[kept]
+    tile = keys >> (TILE.bit_length() - 1)
     x = logits[rows, listed].float()
     nan = x.isnan()
     x.masked_fill_(nan, -torch.inf)
@@ -99,9 +102,9 @@ def _summarize_listed(
     torch.sub(x, ref[tile].clamp_(-MOST, MOST), out=found)
     found.mul_(LOG2E if temperature is None else (LOG2E / temperature)[rows])
     work.exp2_()
-    sums, merged = _merge(found, keys)
+    first = _merge(found, keys).nonzero()[:, 0]
     flat = tile_sum.zero_().view(-1)
-    flat[merged] = sums
+    flat[tile[first]] = found[first]
     spoilt = tile[nan]
     flat[spoilt] = -flat[spoilt].clamp(min=1.0)
     return tile_ref, tile_sum

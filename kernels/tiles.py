@@ -34,7 +34,7 @@ def place(tokens: Tensor) -> Tensor:
 
     ``(token // 2048) * 2048 + (token % 64) * 32 + r``, with ``r`` the five bits of ``(token % 2048) // 64`` reversed.
     """
-    inside = tokens % TILE
-    row = inside // GROUPS
+    inside = tokens & (TILE - 1)  # bits: integers are divided slowly
+    row = inside >> 6
     reversed_row = ((row & 1) << 4) | ((row & 2) << 2) | (row & 4) | ((row & 8) >> 2) | (row >> 4)
-    return tokens - inside + (inside % GROUPS) * GROUP_SIZE + reversed_row
+    return tokens - inside + ((inside & (GROUPS - 1)) << 5) + reversed_row
