@@ -480,6 +480,7 @@ def test_make_passes_the_view_beside_the_prompt() -> None:
         ("from json import ", "from json import", "names of json", {"load", "dumps", "decoder"}),
         ("from json import loads, dum", "from json import loads,", "names of json", {"dump", "dumps"}),
         ("import js", "import", "modules", {"json"}),
+        ("import os, js", "import os,", "modules", {"json"}),
         ("    ran", "    ", "builtins or modules", {"range", "random"}),
         ("x = 1\n\nfor i in ran", "x = 1\n\nfor i in", "builtins or modules", {"range", "random"}),
         ("f(", "f(", "builtins or modules", {"range", "print", "os"}),

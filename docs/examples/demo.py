@@ -33,7 +33,7 @@ PROMPTS = (
 BEFORE_NAMES = (  # of --trie
     "def read_json(path):\n    with open(path) as f:\n        return json.l",
     "from collections import ",
-    "    parser = argparse.",
+    "    digest = hashlib.",
     "    raise No",
 )
 CONTEXT = 256  # tokens the model was trained to look back

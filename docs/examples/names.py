@@ -28,7 +28,7 @@ from codelm import EOS_ID, PIECE, Cache, CodeLM, Tokenizer
 NAMES = Path(__file__).with_name("names.txt")
 SKIPPED = {"antigravity", "encodings", "ensurepip", "idlelib", "lib2to3", "pydoc_data", "test", "this", "turtledemo"}
 OF_MODULE = re.compile(r"(?:\bfrom +([\w.]+) +import[ (]+(?:\w+, *)*|([\w.]*)\.)$")
-MODULE = re.compile(r"\b(?:from|import) +$")
+MODULE = re.compile(r"\b(?:from|import) +(?:[\w.]+, *)*$")
 
 
 class Cursor(NamedTuple):
