@@ -42,7 +42,7 @@ def _with_ends(
 def _merge(values: Tensor, keys: Tensor) -> Tensor:
     """Add up ``values [M]`` of each tile in the first of them; ``keys``, tiles above places, ascend and are distinct.
 
-    Returns whether a value is the first of its tile. A segment is what is merged already; its first value holds its sum.
+    Returns whether a value is the first of its tile. A segment is what is merged so far; its first value holds its sum.
     """
     size = values.shape[0]
     apart = keys[1:] ^ keys[:-1]  # its highest bit says at which level neighbours meet

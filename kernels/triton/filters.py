@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..filters import P_BITS, _fake_filter_bitmask, least_exponent, parts_of
 from .keys import key_value, ordered_int
-from .summary import _as_float, _finite
+from .summary import as_float, _finite
 
 _BLOCK = 2048  # of float16: 128 bits a load for 256 threads
 _ONE = tl.constexpr(2.0**32)
@@ -26,7 +26,7 @@ def _load(x_ptr, bits_ptr, temperature, start, vocab_size, HAS_BITMASK: tl.const
     """Adjusted logits ``[BLOCK]`` from ``start``, -inf for what is no candidate."""
     token = start + tl.arange(0, BLOCK)
     inside = token < vocab_size
-    x = tl.div_rn(_as_float(tl.load(x_ptr + token, mask=inside, other=-float("inf"))), temperature)
+    x = tl.div_rn(as_float(tl.load(x_ptr + token, mask=inside, other=-float("inf"))), temperature)
     if HAS_BITMASK:
         bits = tl.load(bits_ptr + token // 32, mask=inside, other=0)
         x = tl.where(((bits >> (token % 32)) & 1) != 0, x, -float("inf"))

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..invert import LOWEST
 from ..tiles import GROUP_SIZE, GROUPS, TILE
-from .summary import _allowed, _as_float, _finite
+from .summary import _allowed, as_float, _finite
 
 _BLOCK_N = 1024  # tiles at a time
 _R = tl.constexpr(GROUP_SIZE)
@@ -79,7 +79,7 @@ def _descend(mass, code):
 @triton.jit
 def _load_tiles(ref_ptr, sum_ptr, start, tiles, BLOCK_N: tl.constexpr):
     tile = start + tl.arange(0, BLOCK_N)
-    ref = _as_float(tl.load(ref_ptr + tile, mask=tile < tiles, other=-float("inf")))
+    ref = as_float(tl.load(ref_ptr + tile, mask=tile < tiles, other=-float("inf")))
     total = tl.abs(tl.load(sum_ptr + tile, mask=tile < tiles, other=0.0))
     return ref, tl.where(ref == float("inf"), 0.0, total)
 
@@ -155,7 +155,7 @@ def _invert_cdf_kernel(
     # groups of the tile
     start = tile * _TILE
     tokens = start + tl.arange(0, _R)[:, None] * _C + tl.arange(0, _C)[None, :]
-    x = _as_float(tl.load(x_ptr + row * stride_x + tokens, mask=tokens < vocab_size, other=-float("inf")))
+    x = as_float(tl.load(x_ptr + row * stride_x + tokens, mask=tokens < vocab_size, other=-float("inf")))
     x = tl.where(x == x, x, -float("inf"))
     if HAS_BITMASK:
         x = _allowed(x, bits_ptr + row * stride_bits, start, words)
