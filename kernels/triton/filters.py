@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..filters import P_BITS, _fake_filter_bitmask, least_exponent, parts_of
 from .keys import key_value, ordered_int
-from .summary import as_float, _finite
+from .summary import as_float, finite
 
 _BLOCK = 2048  # of float16: 128 bits a load for 256 threads
 _ONE = tl.constexpr(2.0**32)
@@ -151,7 +151,7 @@ def _filter_bitmask_kernel(
     last = tl.full([], _NOTHING, tl.int64)  # ordered value of the last token kept
     need = tl.full([], 0, tl.int64)  # how many of those equal to it are kept
     highest = tl.where(live, ordered_int(top), last)
-    top = _finite(top)
+    top = finite(top)
     if HAS_TOP_K and tl.sum(candidates, 0) > top_k:
         last, above = _search(
             last, highest, top_k, x_ptr, bits_ptr, temperature, top, vocab_size, HAS_BITMASK, False, BLOCK

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..invert import LOWEST
 from ..tiles import GROUP_SIZE, GROUPS, TILE
-from .summary import _allowed, as_float, _finite
+from .summary import _allowed, as_float, finite
 
 _BLOCK_N = 1024  # tiles at a time
 _R = tl.constexpr(GROUP_SIZE)
@@ -21,7 +21,7 @@ _WORD = tl.constexpr(0xFFFFFFFF)
 @triton.jit
 def masses(x, reference, temperature, HAS_TEMPERATURE: tl.constexpr):
     """Masses of logits relative to ``reference``, of which none is above."""
-    exponent = x - _finite(reference)
+    exponent = x - finite(reference)
     if HAS_TEMPERATURE:
         exponent = tl.div_rn(exponent, temperature)
     return tl.where(exponent >= _LOWEST, tl.exp(tl.minimum(exponent, 0.0)), 0.0)
