@@ -108,8 +108,9 @@ class Matchers:
         self.rows = rows
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Matchers:
-        forks = {matcher: matcher.fork() for matcher in {*self.rows} - {None}}
-        return Matchers([matcher and forks[matcher] for matcher in self.rows])
+        distinct = {matcher for matcher in self.rows if matcher is not None}
+        forks = {matcher: matcher.fork() for matcher in distinct}
+        return Matchers([None if matcher is None else forks[matcher] for matcher in self.rows])
 
 
 class _Bound(Bound):
@@ -143,8 +144,10 @@ class _Bound(Bound):
         return words, keep_words[words], end_words[words]
 
     def init(self) -> Matchers:
-        roots = {grammar: grammar.root.fork() for grammar in {*self.requests} - {None}}
-        return Matchers([grammar and roots[grammar] for grammar in self.requests for _ in range(self.context.beam_size)])
+        distinct = {grammar for grammar in self.requests if grammar is not None}
+        roots = {grammar: grammar.root.fork() for grammar in distinct}
+        begun = [None if grammar is None else roots[grammar] for grammar in self.requests]
+        return Matchers([matcher for matcher in begun for _ in range(self.context.beam_size)])
 
     def take(self, state: Matchers, rows: Tensor) -> Matchers:
         return Matchers([state.rows[row] for row in rows.tolist()])
@@ -198,7 +201,7 @@ class _Bound(Bound):
             mask[rows, :both] = own[:, :both]
         words, keep, ends = self.corrections[vocabulary]
         complete = np.array([matcher.may_stop() for matcher in matchers])
-        place = np.ix_(rows, words)
+        place = np.array(rows)[:, None], words
         mask[place] = mask[place] & keep | np.where(complete[:, None], ends, 0)
 
     def accepts(self, state: Matchers) -> Tensor:
