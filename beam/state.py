@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashbeam.kernels import Draws, History, Limits, Pool, Requests, Slots
+from flashbeam.kernels import FLAG_DEAD_END, Draws, History, Limits, Pool, Requests, Slots
 
 from .constraint import Bound
 from .hypotheses import Hypotheses, collect
@@ -74,7 +74,9 @@ class State:
         """int32 ``[B]``: the sum of ``FLAG_NAN``, ``FLAG_INF``, ``FLAG_DEAD_END``, ``FLAG_INEXACT`` that occurred."""
         if self.groups == 1:
             return self.requests.flags
-        return functools.reduce(torch.bitwise_or, self.requests.flags.view(-1, self.groups).unbind(1))
+        groups = self.requests.flags.view(-1, self.groups).unbind(1)
+        strands = functools.reduce(torch.bitwise_and, groups) & FLAG_DEAD_END  # a group may, while another goes on
+        return functools.reduce(torch.bitwise_or, groups) & ~FLAG_DEAD_END | strands
 
     @property
     def log_probs(self) -> Tensor:

@@ -330,3 +330,13 @@ class TestWhereTheStateIs:
         with torch.inference_mode():
             search.step(state, torch.randn(2, V))
         assert state.requests.steps.tolist() == [3]
+
+
+def test_a_group_that_strands_is_no_dead_end_of_its_request():
+    ban = fb.ForbiddenPhrases([[1, 0], [1, 1], [1, 2]])
+    search = fb.BeamSearch(2, 2, None, constraint=ban, selection=fb.DiverseGroups(2, 5.0))
+    state = search.init(1)
+    search.step(state, torch.tensor([[2.0, 1.0, -9.0]]))  # one group takes 0, the other 1, which leads nowhere
+    search.step(state, torch.zeros(2, 3))
+    assert state.flags.tolist() == [0]
+    assert search.finalize(state).valid.tolist() == [[True, False]]
