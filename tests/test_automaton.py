@@ -86,7 +86,11 @@ def test_edges_are_put_in_order_of_place() -> None:
         assert (places.diff() > 0).all()
 
 
-@pytest.mark.parametrize("convert", [list, np.array, torch.tensor])
+def as_int32(values: list) -> np.ndarray:
+    return np.array(values, np.bool_ if values[-1] is True else np.int32)
+
+
+@pytest.mark.parametrize("convert", [list, np.array, torch.tensor, as_int32])
 def test_lists_arrays_and_tensors_are_copied(convert) -> None:
     given = [convert(x) for x in ([0, 2, 2], [3, 1], [1, 0], [False, True])]
     automaton = Automaton(*given)

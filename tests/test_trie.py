@@ -123,6 +123,16 @@ def test_every_prefix_allows_what_the_dict_trie_does(seed: int, way: str, monkey
     assert (listed is None) == (way == "bitmask") == (mask is not None)
 
 
+def test_who_has_left_the_tree_may_do_nothing() -> None:
+    trie = Trie([[], [1, 3]])  # the root is accepting
+    bound = Trie.bind([trie], context(1, 2))
+    state = bound.advance(bound.init(), torch.tensor([1, 4]))
+    assert state.states.tolist() == [1, -1]
+    state = bound.advance(state, torch.tensor([3, 1]))
+    assert [row.nonzero().flatten().tolist() for row in unpack_bitmask(bound.bitmask(state), V)] == [[EOS], []]
+    assert bound.listed(state)[0].may_end.tolist() == [True, False]
+
+
 def test_nodes_are_in_breadth_first_order_with_children_by_place() -> None:
     rng = np.random.default_rng(0)
     trie = Trie(rng.integers(0, 5000, (400, 3)) * rng.integers(0, 2, (400, 3)))  # many zeros: shared beginnings
@@ -343,6 +353,10 @@ def test_lists_are_taken_where_they_are_short() -> None:
     assert bound.listed(state)[0] is None  # 11 of 12
     state = bound.advance(state, torch.tensor([1, 1, 1]))
     assert bound.listed(state)[0] is not None  # 3 of 12
+    wide = Trie([[1, a] for a in tokens])
+    for tries in ([trie, wide], [wide, trie]):
+        both = Trie.bind(tries, context(2))
+        assert both.listed(both.advance(both.init(), torch.tensor([1] * 6)))[0] is None
     with_free = Trie.bind([trie, None], context(2))
     assert with_free.listed(with_free.advance(with_free.init(), torch.tensor([1] * 6)))[0] is None
 
@@ -438,6 +452,7 @@ DAMAGES = {
     "not from 0": lambda folder: rewrite(folder, "indptr", lambda x: np.maximum(x, 1), True),
     "falling": lambda folder: rewrite(folder, "indptr", lambda x: np.where(np.arange(len(x)) == 2, x[-1], x), True),
     "no tree": lambda folder: rewrite(folder, "indptr", lambda x: np.append(x, x[-1]).astype(np.int32), True),
+    "wide reach": lambda folder: rewrite(folder, "reach", lambda x: x.astype(np.int64), True),
     "short reach": lambda folder: rewrite(folder, "reach", lambda x: x[:-1], True),
     "flat reach": lambda folder: rewrite(folder, "reach", lambda x: x[:, 0], True),
     "empty reach": lambda folder: rewrite(folder, "reach", lambda x: x * 0, True),

@@ -102,7 +102,7 @@ def _is_ordered(indptr: Ints, tokens: Ints) -> bool:
     begins = np.zeros(len(tokens) + 1, np.bool_)
     begins[indptr] = True
     for first in range(0, len(tokens), _CHUNK):
-        chunk = np.array(tokens[max(first - 1, 0) : first + _CHUNK])  # a copy: a mapped one may be read-only
+        chunk = tokens[max(first - 1, 0) : first + _CHUNK]
         if chunk.max() > LARGEST:
             return False
         places = place(torch.from_numpy(chunk)).numpy()
