@@ -25,13 +25,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .bitmask import bits_at
 from .checks import check_candidates, check_normalize, check_rows, check_tensor, contiguous
-from .exponential import LOG2E
 from .lse import row_lse_op
 from .registration import register
-from .summary_pass import BLOCK_TILES, MOST, Pass
-from .tiles import GROUPS, TILE, Tiles, tiles_of
+from .summary_parts import active_spans, lightly_masked, retake_groups, retake_tiles
+from .summary_pass import fill
+from .tiles import Tiles, new_tiles
 
 
 class Summary(NamedTuple):
@@ -40,60 +39,6 @@ class Summary(NamedTuple):
     tiles: Tiles
     lse: Tensor  # float32 [R]; -inf for a row without tokens, +inf for an invalid row
     flags: Tensor  # int32 [R]; FLAG_NAN and FLAG_INF
-
-
-def _active_spans(active: Tensor | None, rows: int) -> list[tuple[int, int]]:
-    """The maximal runs of consecutive active rows."""
-    if active is None:
-        return [(0, rows)] if rows else []
-    flags = [False, *active.tolist(), False]
-    edges = [i - 1 for i in range(1, len(flags)) if flags[i] != flags[i - 1]]
-    return list(zip(edges[::2], edges[1::2], strict=True))
-
-
-def _blocks(start: int, stop: int, size: int) -> list[slice]:
-    return [slice(i, min(i + size, stop)) for i in range(start, stop, max(1, size))]
-
-
-def _new_tiles(logits: Tensor, vocab_size: int, mass: bool) -> Tiles:
-    rows, tiles = logits.shape[0], tiles_of(vocab_size)
-    return Tiles(
-        group_max=logits.new_empty(rows, tiles, GROUPS),
-        tile_max=logits.new_empty(rows, tiles),
-        tile_ref=logits.new_empty(rows, tiles),
-        tile_sum=logits.new_empty(rows, tiles, dtype=torch.float32),
-        group_mass=logits.new_empty(rows, tiles if mass else 0, GROUPS, dtype=torch.float32),
-    )
-
-
-def _exclude_tokens(
-    out: Tiles,
-    logits: Tensor,
-    vocab_size: int,
-    bitmask: Tensor | None,
-    temperature: Tensor | None,
-    active: Tensor | None,
-    tokens: list[int],
-) -> None:
-    """Take ``tokens`` out of the candidates: correct the groups they touch."""
-    tokens = [token for token in tokens if 0 <= token < vocab_size]
-    for token in tokens:
-        tile, column = token // TILE, token % GROUPS
-        members = torch.arange(tile * TILE + column, min((tile + 1) * TILE, vocab_size), GROUPS, device=logits.device)
-        x = logits[:, members]  # [R, at most 32]
-        barred = x.isnan() | torch.isin(members, torch.tensor(tokens, device=logits.device))
-        if active is not None:
-            barred |= ~active[:, None]
-        if bitmask is not None:
-            barred |= ~bits_at(bitmask, slice(None), members)
-        x = x.masked_fill(barred, -torch.inf)
-        out.group_max[:, tile, column] = x.amax(-1)
-        if out.group_mass.shape[1] > 0:
-            weight = x.float() - x.amax(-1, keepdim=True).float().clamp(-MOST, MOST)
-            scale = LOG2E if temperature is None else (LOG2E / temperature)[:, None]
-            out.group_mass[:, tile, column] = weight.mul_(scale).exp2_().sum(-1)
-    for tile in {token // TILE for token in tokens}:
-        out.tile_max[:, tile] = out.group_max[:, tile].amax(-1)
 
 
 def _summarize(
@@ -107,47 +52,34 @@ def _summarize(
     mass: bool,
 ) -> Tiles:
     """The torch definition."""
-    out = _new_tiles(logits, vocab_size, mass)
-    spans = _active_spans(active, logits.shape[0])
+    out = new_tiles(logits, vocab_size, mass)
+    spans = active_spans(active, logits.shape[0])
     if spans != [(0, logits.shape[0])]:  # inactive rows have no candidates
         for field in (out.group_max, out.tile_max, out.tile_ref):
             field.fill_(-torch.inf)
         out.tile_sum.zero_()
         out.group_mass.zero_()
-    _fill(out, spans, logits, vocab_size, bitmask, temperature, renormalize, mass)
+    barred = None
+    if bitmask is not None:
+        light, spans, barred = lightly_masked(bitmask, vocab_size, active, renormalize)
+        fill(out, light, logits, vocab_size, None, temperature, renormalize, mass)
+        if barred is not None and renormalize:
+            retake_tiles(out, logits, vocab_size, bitmask, temperature, *barred)
+    fill(out, spans, logits, vocab_size, bitmask, temperature, renormalize, mass)
     nan = out.tile_sum.isnan()
     if bool(nan.any()):  # rare, and values may be read here: clean those rows and take them again
         clean = logits.masked_fill(logits.isnan(), -torch.inf)
-        dirty = _active_spans(nan.any(1), logits.shape[0])
-        _fill(out, dirty, clean, vocab_size, bitmask, temperature, renormalize, mass)
+        dirty = active_spans(nan.any(1), logits.shape[0])
+        fill(out, dirty, clean, vocab_size, bitmask, temperature, renormalize, mass)
         out.tile_sum.copy_(torch.where(nan, -out.tile_sum.clamp(min=1.0), out.tile_sum))
+    if barred is not None and not renormalize:
+        retake_groups(out, logits, vocab_size, bitmask, temperature, None, *barred)
     if exclude is not None:
-        _exclude_tokens(out, logits, vocab_size, bitmask, temperature, active, exclude.tolist())
+        known = exclude[(exclude >= 0) & (exclude < vocab_size)]
+        rows = torch.arange(logits.shape[0], device=logits.device) if active is None else active.nonzero()[:, 0]
+        pairs = rows.repeat_interleave(known.shape[0]), known.repeat(rows.shape[0])
+        retake_groups(out, logits, vocab_size, bitmask, temperature, known, *pairs)
     return out
-
-
-def _fill(
-    out: Tiles,
-    spans: list[tuple[int, int]],
-    logits: Tensor,
-    vocab_size: int,
-    bitmask: Tensor | None,
-    temperature: Tensor | None,
-    renormalize: bool,
-    mass: bool,
-) -> None:
-    """Write the tiles of the rows in ``spans``; one that holds a NaN gets NaN for its sum."""
-    step = Pass(out, temperature, renormalize, mass, bitmask is not None)
-    whole, tail = divmod(vocab_size, TILE)
-    for start, stop in spans:
-        for tiles in _blocks(0, whole, BLOCK_TILES):
-            step.strip(logits, bitmask, slice(start, stop), tiles, slice(tiles.start * TILE, tiles.stop * TILE))
-        if tail:
-            step.strip(logits, bitmask, slice(start, stop), slice(whole, whole + 1), slice(whole * TILE, vocab_size))
-        step.finish(slice(start, stop))
-    for field, found in zip(out, step.out, strict=True):
-        if field is not found:
-            field.copy_(found)
 
 
 def _fake_summarize(
@@ -160,7 +92,7 @@ def _fake_summarize(
     renormalize: bool,
     mass: bool,
 ) -> Tiles:
-    return _new_tiles(logits, vocab_size, mass)
+    return new_tiles(logits, vocab_size, mass)
 
 
 summarize_op = register(

@@ -11,7 +11,7 @@ MOST = torch.finfo(torch.float32).max
 BLOCK_TILES = 512  # 4 MB of float32; measured best of 64 to 1024: larger operations win until the cache is full
 
 
-def _add_rows(x: Tensor, out: Tensor) -> None:
+def add_rows(x: Tensor, out: Tensor) -> None:
     """The levels of the tree of kernels/tiles.py over rows: ``x [..., r, 64]``, overwritten, to ``out [..., 64]``."""
     half = GROUP_SIZE // 2
     while half > 1:
@@ -85,12 +85,12 @@ class Pass:
         torch.amax(values, 2, out=group_max)
         torch.amax(group_max, -1, out=tile_max)
         for group_mass in mass:
-            torch.sum(self._exp(values, group_max[:, :, None, :], scale), 2, out=group_mass)
+            add_rows(self._exp(values, group_max[:, :, None, :], scale), group_mass)
             values = self._float(candidates)
         if candidates is not x:
             values = self._float(x)
             torch.amax(values, (2, 3), out=tile_ref)
-        _add_rows(self._exp(values, tile_ref[:, :, None, None], scale), columns)
+        add_rows(self._exp(values, tile_ref[:, :, None, None], scale), columns)
 
     def _float(self, x: Tensor) -> Tensor:
         """``x`` as float32: itself, or in the workspace."""
@@ -103,3 +103,33 @@ class Pass:
         work.mul_(scale)
         self.work[: evenly_split(x.numel())].exp2_()
         return work
+
+
+def _blocks(start: int, stop: int, size: int) -> list[slice]:
+    return [slice(i, min(i + size, stop)) for i in range(start, stop, max(1, size))]
+
+
+def fill(
+    out: Tiles,
+    spans: list[tuple[int, int]],
+    logits: Tensor,
+    vocab_size: int,
+    bitmask: Tensor | None,
+    temperature: Tensor | None,
+    renormalize: bool,
+    mass: bool,
+) -> None:
+    """Write the tiles of the rows in ``spans``; one that holds a NaN gets NaN for its sum."""
+    if not spans:
+        return
+    step = Pass(out, temperature, renormalize, mass, bitmask is not None)
+    whole, tail = divmod(vocab_size, TILE)
+    for start, stop in spans:
+        for tiles in _blocks(0, whole, BLOCK_TILES):
+            step.strip(logits, bitmask, slice(start, stop), tiles, slice(tiles.start * TILE, tiles.stop * TILE))
+        if tail:
+            step.strip(logits, bitmask, slice(start, stop), slice(whole, whole + 1), slice(whole * TILE, vocab_size))
+        step.finish(slice(start, stop))
+    for field, found in zip(out, step.out, strict=True):
+        if field is not found:
+            field.copy_(found)

@@ -7,6 +7,7 @@ the tokens so that the tree merges neighbours: at level l, those whose places di
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 GROUP_SIZE = 32
@@ -27,6 +28,18 @@ class Tiles(NamedTuple):
 def tiles_of(vocab_size: int) -> int:
     """Number of tiles of a row."""
     return (vocab_size + TILE - 1) // TILE
+
+
+def new_tiles(logits: Tensor, vocab_size: int, mass: bool) -> Tiles:
+    """Room for the tiles of ``logits [R, V]``."""
+    rows, tiles = logits.shape[0], tiles_of(vocab_size)
+    return Tiles(
+        group_max=logits.new_empty(rows, tiles, GROUPS),
+        tile_max=logits.new_empty(rows, tiles),
+        tile_ref=logits.new_empty(rows, tiles),
+        tile_sum=logits.new_empty(rows, tiles, dtype=torch.float32),
+        group_mass=logits.new_empty(rows, tiles if mass else 0, GROUPS, dtype=torch.float32),
+    )
 
 
 def place(tokens: Tensor) -> Tensor:

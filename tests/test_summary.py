@@ -7,10 +7,12 @@ import mmap
 import pytest
 import torch
 
+import flashbeam.kernels.summary
 from flashbeam.kernels import FLAG_INF, FLAG_NAN, pack_bitmask, summarize
 from flashbeam.kernels import place as place_of
 from flashbeam.kernels.lse import merge_tiles
 from flashbeam.kernels.summary import summarize_op
+from flashbeam.kernels.summary_parts import active_spans, lightly_masked
 from flashbeam.kernels.tiles import GROUP_SIZE, GROUPS, TILE, Tiles
 from flashbeam.kernels.triton.lse import launch_row_lse
 from flashbeam.kernels.triton.summary import launch_summarize
@@ -286,6 +288,47 @@ def test_a_row_has_one_result_wherever_it_lies(tiles_by, device):
         lying.copy_(logits)
         for field, wanted in zip(tiles_by(lying, 2112, device, mass=True), want, strict=True):
             assert torch.equal(field, wanted)
+
+
+@pytest.mark.parametrize("vocab_size", [2048, 4 * TILE + 100, 9 * TILE])
+@pytest.mark.parametrize("dtype", DTYPES[:2])
+def test_masks_that_bar_little_change_no_bit(vocab_size, dtype, monkeypatch):
+    """Rows with all ones, or few zeros, where the maxima are for one, are taken without their masks and put right."""
+    normal = torch.randn(4, vocab_size) * 3
+    logits = torch.cat([normal.round(), normal, adversarial_rows(vocab_size)]).to(dtype)
+    rows = len(logits)
+    allowed = torch.ones(rows, vocab_size, dtype=torch.bool)
+    for row in range(rows):
+        count = row * 4 // rows  # from none to three
+        if count:
+            least = [logits[row].nan_to_num(nan=INF).argmax(), *torch.randint(vocab_size, (count - 1,))]
+            allowed[row, least] = False
+    allowed[-1] = torch.rand(vocab_size) < 0.5
+    took = []
+
+    def watched(*args):
+        took.append(lightly_masked(*args))
+        return took[-1]
+
+    def heavily(bitmask, vocab_size, active, renormalize):
+        return [], active_spans(active, len(bitmask)), None
+
+    every = {
+        "temperature": torch.rand(rows) + 0.5,
+        "active": torch.arange(rows) % 7 != 3,
+        "exclude": torch.tensor([0, vocab_size - 1, int(logits[1].argmax())]),
+        "mass": True,
+    }
+    for options in ({}, {"mass": True}, {"active": every["active"]}, every):
+        for renormalize in (False, True):
+            given = {**options, "bitmask": pack_bitmask(allowed), "renormalize": renormalize}
+            monkeypatch.setattr(flashbeam.kernels.summary, "lightly_masked", watched)
+            got = by_definition(logits, vocab_size, **given)
+            monkeypatch.setattr(flashbeam.kernels.summary, "lightly_masked", heavily)
+            for field, want in zip(got, by_definition(logits, vocab_size, **given), strict=True):
+                assert torch.equal(field, want)
+    # the way that is tested was taken
+    assert vocab_size == 2048 or all(light and heavy and barred is not None for light, heavy, barred in took)
 
 
 @BOTH

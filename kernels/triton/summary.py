@@ -8,8 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..summary import _new_tiles
-from ..tiles import GROUP_SIZE, GROUPS, TILE, Tiles
+from ..tiles import GROUP_SIZE, GROUPS, TILE, Tiles, new_tiles
 
 _LOG2E = tl.constexpr(1.4426950408889634)
 _R = tl.constexpr(GROUP_SIZE)
@@ -228,7 +227,7 @@ def launch_summarize(
     renormalize: bool,
     mass: bool,
 ) -> Tiles:
-    out = _new_tiles(logits, vocab_size, mass)
+    out = new_tiles(logits, vocab_size, mass)
     rows, tiles = out.tile_max.shape
     if rows == 0:
         return out
