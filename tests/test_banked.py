@@ -228,7 +228,7 @@ def naive_search(model, bos, phrases, ordered, width, max_length, min_length, re
         if length == max_length:
             pool += [b for b in order[:width] if not b.ended]
         live = by_banks(others, bank, 0.0, gaps)[:width]
-    ranked = sorted(pool if regime == "pool" else live, key=lambda beam: -beam.score(alpha))[:width]
+    ranked = sorted(pool if regime == "pool" else live, key=lambda beam: -beam.score(alpha))
     gaps += [a.score(alpha) - b.score(alpha) for a, b in pairwise(ranked)]
     return [beam.tokens for beam in ranked], min(gap for gap in gaps if gap > 0)
 
@@ -237,12 +237,12 @@ def naive_search(model, bos, phrases, ordered, width, max_length, min_length, re
 @pytest.mark.parametrize("normalize", ["vocab", "allowed"])
 def test_equals_a_search_that_ranks_literally_by_banks(normalize, regime):
     rng, compared = random.Random(2), 0
-    for case in range(30):
+    for case in range(24):
         ordered = case % 3 == 0
-        phrases = random_phrases(rng, [1, 2, 3], rng.randint(1, 3), 3, 2)
-        width, max_length = rng.randint(1, 5), fewest((), phrases, ordered) + rng.randint(0, 3)
-        min_length, alpha = rng.choice([0, max_length]), rng.choice([0.0, 1.0])
-        model = TableLM(6, case, eos=[EOS], eos_bias=rng.choice([0.0, 3.0]))
+        phrases = random_phrases(rng, [1, 2, 3], rng.randint(1, 2 if ordered else 3), 3, 2)
+        width, max_length = rng.randint(1, 5), fewest((), phrases, ordered) + rng.randint(0, 4)
+        min_length, alpha = rng.choice([0, 0, max_length]), rng.choice([0.0, 1.0])
+        model = TableLM(6, case, eos=[EOS], eos_bias=rng.choice([-2.0, 0.0, 2.0]))
         settings = (phrases, ordered, width, max_length, min_length, regime, alpha, normalize)
         want, gap = naive_search(model, 9, *settings)
         search = fb.BeamSearch(
@@ -256,11 +256,11 @@ def test_equals_a_search_that_ranks_literally_by_banks(normalize, regime):
             normalize=normalize,
             constraint=[constraint_of(phrases, ordered), constraint_of(phrases[:1])],
         )
-        hyps = fb.decode(search, model, torch.tensor([9, 8]))
+        hyps = fb.decode(search, model, torch.tensor([9, 8]), num_hypotheses=2 * width)
         if gap > 1e-5:  # else another log-sum-exp may decide otherwise
             assert sequences(hyps) == want, settings
             compared += 1
-    assert compared > 20
+    assert compared > 16
 
 
 # ---------------------------------------------------------------------------------------------------------------------

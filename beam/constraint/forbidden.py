@@ -9,7 +9,7 @@ from torch import Tensor
 
 from flashbeam.kernels import Edges, follow, listed_bitmask, place
 
-from .aho_corasick import Ints, along_failures, build
+from .aho_corasick import Ints, build
 from .phrases import as_word, parts_of
 from .protocol import Bound, Context
 from .token_lists import check_inside
@@ -88,7 +88,6 @@ def _tables(phrases: Sequence[tuple[int, ...]]) -> tuple[Ints, ...]:
     tree = build(phrases)
     complete = np.zeros(tree.size, dtype=bool)
     complete[tree.ends] = True
-    complete = along_failures(tree, complete, np.logical_or)
     children: list[dict[int, int]] = [{} for _ in range(tree.size)]
     for state in range(1, tree.size):
         children[tree.parent[state]][int(tree.token[state])] = state
