@@ -88,7 +88,17 @@ def automaton(rng, setting):
     return rule, library("Automaton")(*csr(edges, states, rng), accepting.tolist(), start=start)
 
 
-PATTERNS = ["[ab]+", "a*b?", "(a|bb)+c?", "(ab|ba)*", ".{2,3}", "a(b|c)*a", "(?:a|ab)(?:c|bcd)?", "[^a]+|a", "b{2}|c{0,4}"]
+PATTERNS = [
+    "[ab]+",
+    "a*b?",
+    "(a|bb)+c?",
+    "(ab|ba)*",
+    ".{2,3}",
+    "a(b|c)*a",
+    "(?:a|ab)(?:c|bcd)?",
+    "[^a]+|a",
+    "b{2}|c{0,4}",
+]
 
 
 def regex(rng, setting):
@@ -133,8 +143,9 @@ def prefix(rng, setting):
 
 
 def suffix_veto(rng, setting):
-    corpus, longest = some_tokens(rng, setting, 3, 25), int(rng.integers(1, 4))
-    return NoLongSpan([corpus], longest), library("SuffixVeto")(corpus, longest)
+    documents, longest = [some_tokens(rng, setting, 1, 12) for _ in range(rng.integers(1, 5))], int(rng.integers(1, 4))
+    corpus = documents if len(documents) > 1 else documents[0]
+    return NoLongSpan(documents, longest), library("SuffixVeto")(corpus, longest)
 
 
 def copied(rng, setting):

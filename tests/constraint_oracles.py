@@ -180,7 +180,8 @@ class NoLongSpan(Rule):
     looks_ahead = False
 
     def legal(self, tokens, finished, setting):
-        spans = [tokens[i : i + self.longest + 1] for i in range(len(tokens) - self.longest)]
+        body = setting.body(tokens)
+        spans = [body[i : i + self.longest + 1] for i in range(len(body) - self.longest)]
         return not any(contains(document, span) for document in self.documents for span in spans)
 
 
@@ -224,7 +225,9 @@ class Penalised(Rule):
     def adjust(self, row, prefix):
         row = row.copy()
         for token in {*self.prompt, *prefix}:
-            row[token] = row[token] / np.float32(self.penalty) if row[token] > 0 else row[token] * np.float32(self.penalty)
+            row[token] = (
+                row[token] / np.float32(self.penalty) if row[token] > 0 else row[token] * np.float32(self.penalty)
+            )
         return row
 
 

@@ -24,7 +24,13 @@ from flashbeam.kernels import pack_bitmask
 from oracles import TableLM
 
 REGIMES = pytest.mark.parametrize("regime", ["pool", "in_place"])
-SETTINGS = [Setting(5, 4, (4,)), Setting(4, 4, ()), Setting(5, 4, (1, 3), 2), Setting(6, 3, (0,), 1), Setting(4, 5, (2,))]
+SETTINGS = [
+    Setting(5, 4, (4,)),
+    Setting(4, 4, ()),
+    Setting(5, 4, (1, 3), 2),
+    Setting(6, 3, (0,), 1),
+    Setting(4, 5, (2,)),
+]
 HARD = [kind for kind in KINDS if kind != "penalty"]  # those that bar something
 PAIRS = list(itertools.combinations_with_replacement(KINDS, 2))
 
@@ -56,11 +62,16 @@ class TestTogether:
         kinds = list(KINDS)
         cases = [all_of([kinds[i] for i in rng.choice(len(kinds), 3)], rng, setting) for _ in range(3)]
         regime, normalize = ["pool", "in_place"][seed % 2], ["vocab", "allowed"][seed // 2 % 2]
-        assert_enumerates([*cases, KINDS[kinds[seed % 9]](rng, setting)], setting, seed, finished=regime, normalize=normalize)
+        assert_enumerates(
+            [*cases, KINDS[kinds[seed % 9]](rng, setting)], setting, seed, finished=regime, normalize=normalize
+        )
 
     def test_nested(self):
         setting, rng = SETTINGS[0], np.random.default_rng(2)
-        parts = [KINDS[kind](rng, setting) for kind in [k for k in ("ngram", "forbidden", "copy", "suffix_veto") if k in KINDS]]
+        parts = [
+            KINDS[kind](rng, setting)
+            for kind in [k for k in ("ngram", "forbidden", "copy", "suffix_veto") if k in KINDS]
+        ]
         rules, made = [rule for rule, _ in parts], [constraint for _, constraint in parts]
         cut = len(made) // 2
         flat = fb.AllOf(*made)
@@ -116,7 +127,9 @@ class TestFewBeams:
                     leaves = sum(leaf in viable(rule, setting) for leaf in setting.leaves())
                     assert (many > 0) == (leaves > 0)
 
-    @pytest.mark.parametrize("kind", [kind for kind in HARD if kind not in ("forbidden", "ngram", "suffix_veto", "prefix")])
+    @pytest.mark.parametrize(
+        "kind", [kind for kind in HARD if kind not in ("forbidden", "ngram", "suffix_veto", "prefix")]
+    )
     def test_in_place_no_beam_is_lost_to_a_dead_end(self, kind):
         # looking ahead is exact: once K beams live, K hypotheses come out
         for seed, setting in enumerate(SETTINGS):
@@ -339,7 +352,10 @@ class TestOwn:
         search = fb.BeamSearch(720, n, constraint=Tour(), length_penalty=0)
         tours = fb.decode(search, lambda at, cache: (-distances[at], cache), torch.zeros(1, dtype=torch.int64))
         logits = torch.log_softmax(-distances.double(), 1)
-        scores = {p: float(sum(logits[a, b] for a, b in itertools.pairwise((0, *p)))) for p in itertools.permutations(range(n))}
+        scores = {
+            p: float(sum(logits[a, b] for a, b in itertools.pairwise((0, *p))))
+            for p in itertools.permutations(range(n))
+        }
         best = sorted(scores, key=scores.get, reverse=True)
         assert [tuple(t) for t in tours.tokens[0, :20].tolist()] == best[:20] and tours.valid.all()
 

@@ -1,5 +1,6 @@
 """What each constraint allows, against enumeration and by naive search, from the contract (design.md, sections 3, 4)."""
 
+import functools
 import itertools
 import re
 
@@ -13,6 +14,7 @@ from constraint_cases import (
     assert_enumerates,
     assert_exactly,
     assert_legal,
+    assert_same_bits,
     csr,
     library,
     listed,
@@ -31,11 +33,13 @@ from constraint_oracles import (
     NoNgramTwice,
     Penalised,
     Setting,
+    Together,
     Words,
+    alternatives,
     enumerate_legal,
     viable,
 )
-from oracles import TableLM
+from oracles import NOISE, Power, TableLM, log_softmax64, naive_search
 
 REGIMES = pytest.mark.parametrize("regime", ["pool", "in_place"])
 
@@ -104,6 +108,132 @@ class TestEverythingLegalAndNothingElse:
                 assert_exactly(hyps, state, request, want, settings[request])
 
 
+class TestFewBeams:
+    """The contract's search, written literally over Python lists, and with K too small for everything."""
+
+    STOPPING = [
+        (1.0, fb.FirstFinished()),
+        ("exact", fb.Exact()),
+        ("exhausted", fb.Exhausted()),
+        (2.0, fb.Patience(2.0)),
+    ]
+
+    @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ("phrases", "penalty")])
+    def test_the_literal_search(self, kind):
+        compared = 0
+        for seed, setting in enumerate([Setting(5, 4, (4,)), Setting(4, 4, ()), Setting(5, 4, (1, 3), 2)]):
+            rng = np.random.default_rng([seed, 77])
+            cases = [KINDS[kind](rng, setting) for _ in range(4)]
+            for i, regime in enumerate(["pool", "in_place"]):
+                stopping, rule_of = self.STOPPING[(seed + i) % (3 if i else 4)]
+                penalty, normalize = [1.0, 0.0, -0.5][seed], ["vocab", "allowed"][(seed + i) % 2]
+                hyps, _ = search_with(
+                    TableLM(setting.vocab, seed),
+                    [c for _, c in cases],
+                    setting,
+                    range(4),
+                    beam_size=[1, 2, 3, 4],
+                    finished=regime,
+                    normalize=normalize,
+                    stopping=rule_of,
+                    length_penalty=penalty,
+                )
+                for request, (rule, _) in enumerate(cases):
+
+                    def mask(prefix, rule=rule, setting=setting):
+                        return np.array([rule.may(prefix[1:], token, setting) for token in range(setting.vocab)])
+
+                    want = naive_search(
+                        TableLM(setting.vocab, seed).logits,
+                        request,
+                        beam_size=request + 1,
+                        max_length=setting.max_length,
+                        eos=setting.eos,
+                        min_length=setting.min_length,
+                        penalty=Power(penalty),
+                        stopping=stopping,
+                        finished=regime,
+                        normalize=normalize,
+                        mask=mask,
+                    )
+                    if want.margin < NOISE:
+                        continue
+                    compared += 1
+                    legal = [h for h in want.hypotheses if rule.legal(h.tokens, h.finished, setting)]
+                    assert [tokens for tokens, _ in listed(hyps, request)] == [h.tokens for h in legal]
+                    scores = hyps.scores[request, : len(legal)].tolist()
+                    assert scores == pytest.approx([float(h.score) for h in legal], abs=1e-5)
+        assert compared > 15
+
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_exact_returns_what_exhausted_would(self, kind):
+        setting = Setting(5, 4, (4,))
+        cases = [KINDS[kind](np.random.default_rng([seed, 3]), setting) for seed in range(8)]
+        for penalty in (0.0, 1.0, -1.0):
+            one, other = (
+                search_with(
+                    TableLM(5, 1, eos=(4,), eos_bias=1.0),
+                    [c for _, c in cases],
+                    setting,
+                    range(8),
+                    beam_size=[1, 2, 3, 4] * 2,
+                    stopping=stopping,
+                    length_penalty=penalty,
+                )[0]
+                for stopping in (fb.Exact(), fb.Exhausted())
+            )
+            for request in range(8):
+                assert_same_bits(one, other, request, request)
+
+
+def by_banks(candidates, need):
+    """The best of every bank, the most advanced first, then the second best of each, and so on."""
+    banks = {}
+    for candidate in sorted(candidates, key=lambda c: (-c[1], c[2], c[3], c[4])):
+        banks.setdefault(need(candidate), []).append(candidate)
+    places = [(place, bank, -c[1], c) for bank, row in banks.items() for place, c in enumerate(row)]
+    return [c for *_, c in sorted(places, key=lambda place: place[:3])]
+
+
+def banked_search(logits, rule, setting, beam_size, regime):
+    """Banked beams, literally. What ends in the pool holds no place among what lives on. ``[tokens]``, best first."""
+    words = [a for phrase in rule.phrases for a in alternatives(phrase)]
+    letters = sorted({token for word in words for token in word})
+    endless = Setting(setting.vocab, 99)
+
+    @functools.cache
+    def missing(body):
+        """The fewest tokens that satisfy the rest."""
+        lengths = (n for n in range(9) for more in itertools.product(letters, repeat=n)
+                   if rule.legal((*body, *more), False, endless))  # fmt: skip
+        return next(lengths)
+
+    def need(candidate):
+        said = candidate[5]
+        return 0 if candidate[4] in (-1, *setting.eos) else missing(said)
+
+    beams, pool = [((), 0.0, False)], []
+    for length in range(1, setting.max_length + 1):
+        candidates = []  # (place holder, log-probability, slot, -logit, token, tokens)
+        for slot, (said, log_prob, frozen) in enumerate(beams):
+            if frozen:
+                candidates.append((0, log_prob, slot, 0, -1, said))
+                continue
+            row = log_softmax64(logits((0, *said)))
+            for token in range(setting.vocab):
+                if rule.may(said, token, setting) and not (length < setting.min_length and token in setting.eos):
+                    candidates.append((0, log_prob + row[token], slot, -row[token], token, (*said, token)))
+        best, last = by_banks(candidates, need)[:beam_size], length == setting.max_length
+        if regime == "in_place":
+            beams = [(c[5], c[1], c[4] in (-1, *setting.eos)) for c in best]
+            continue
+        pool += [(c[5], c[1]) for c in best if last or c[4] in setting.eos]
+        lives = by_banks([c for c in candidates if c[4] not in setting.eos], need)[:beam_size]
+        beams = [] if last else [(c[5], c[1], False) for c in lives]
+    found = pool if regime == "pool" else [(said, log_prob) for said, log_prob, _ in beams]
+    return [said for said, _ in sorted(found, key=lambda h: -h[1])[:beam_size]]
+
+
 class TestTrie:
     SETTING = Setting(6, 4, (5,))
 
@@ -135,7 +265,10 @@ class TestTrie:
         assert sorted(listed(hyps)) == [((1, 2, 3, 4), False), ((1, 2, 3, 5), True)]
 
     def test_the_empty_item_is_eos_alone(self):
-        assert listed(self.run([[], [3]])[0]) and sorted(listed(self.run([[], [3]])[0])) == [((3, 5), True), ((5,), True)]
+        assert listed(self.run([[], [3]])[0]) and sorted(listed(self.run([[], [3]])[0])) == [
+            ((3, 5), True),
+            ((5,), True),
+        ]
         assert listed(self.run([[]])[0]) == [((5,), True)]
 
     @REGIMES
@@ -210,18 +343,56 @@ class TestTrie:
         assert listed(search_with(TableLM(6, 3), Trie.load(tmp_path / "trie"), self.SETTING)[0])
 
     @pytest.mark.parametrize("normalize", ["vocab", "allowed"])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_large_vocabularies(self, normalize, dtype):
+        # ids far apart, several EOS, every tile of the vocabulary; oracle: each item rescored in float64
+        V, T, eos = 5000, 4, (4999, 17)
+        rng = np.random.default_rng(1)
+        letters = rng.choice(np.arange(18, 4999), 40)
+        items = sorted({tuple(rng.choice(letters, rng.integers(1, T + 1)).tolist()) for _ in range(60)})
+        ends = [(*item, end) for item in items if len(item) < T for end in eos] + [i for i in items if len(i) == T]
+        rows = functools.cache(lambda p: np.random.default_rng([*p]).normal(size=V).astype(np.float32) * 3)
+        following = {}
+        for leaf in ends:
+            for n in range(len(leaf)):
+                following.setdefault(leaf[:n], set()).add(leaf[n])
+
+        def model(tokens, cache):
+            column = tokens.reshape(-1, 1)
+            prefix = column if cache is None else torch.cat([cache, column], 1)
+            return torch.from_numpy(np.stack([rows(tuple(p)) for p in prefix.tolist()])).to(dtype), prefix
+
+        setting = Setting(V, T, eos)
+        made = library("Trie")([list(item) for item in items])
+        hyps, state = search_with(
+            model, made, setting, beam_size=len(ends) + 2, normalize=normalize, temperature=0.7, stopping=fb.Exhausted()
+        )
+        found = listed(hyps)
+        assert sorted(tokens for tokens, _ in found) == sorted(ends) and not state.flags.any()
+        for i, (tokens, _) in enumerate(found):
+            want = 0.0
+            for n in range(len(tokens)):
+                row = torch.from_numpy(rows((0, *tokens[:n]))).to(dtype).double().numpy() / np.float32(0.7)
+                allowed = np.isin(np.arange(V), list(following[tokens[:n]]))
+                want += log_softmax64(row, allowed if normalize == "allowed" else None)[tokens[n]]
+            assert float(hyps.log_probs[0, i]) == pytest.approx(want, abs=1e-4)
+
+    @pytest.mark.parametrize("normalize", ["vocab", "allowed"])
     def test_lists_and_bitmasks_are_bitwise_equal(self, normalize):
         # AllOf with an own constraint of no ban, and another rule of one request, make it a mask; alone it may be a list
         setting = Setting(64, 4, (5,))
         rng = np.random.default_rng(8)
         items = [some_tokens(rng, setting, 1, 3, 9) for _ in range(30)]
         trie = library("Trie")(items)
-        automaton_of_all = library("Automaton")(
-            [0, 63], [t for t in range(64) if t != 5], [0] * 63, [True]
-        )
+        automaton_of_all = library("Automaton")([0, 63], [t for t in range(64) if t != 5], [0] * 63, [True])
         outs = [
             search_with(TableLM(64, 2), each, setting, beam_size=12, normalize=normalize, temperature=0.7)[0]
-            for each in (trie, fb.AllOf(trie, AllowsAll()), fb.AllOf(automaton_of_all, trie), fb.AllOf(trie, fb.AllOf()))
+            for each in (
+                trie,
+                fb.AllOf(trie, AllowsAll()),
+                fb.AllOf(automaton_of_all, trie),
+                fb.AllOf(trie, fb.AllOf()),
+            )
         ]
         for other in outs[1:]:
             for name in ("tokens", "lengths", "scores", "log_probs", "valid"):
@@ -248,7 +419,13 @@ class TestAutomaton:
         setting = Setting(4, 5, (3,))
         cases = [KINDS["automaton"](np.random.default_rng(seed), setting) for seed in range(60)]
         hyps, state = search_with(
-            TableLM(4, 5), [c for _, c in cases], setting, range(60), beam_size=1, finished=regime, stopping=fb.Exhausted()
+            TableLM(4, 5),
+            [c for _, c in cases],
+            setting,
+            range(60),
+            beam_size=1,
+            finished=regime,
+            stopping=fb.Exhausted(),
         )
         possible = [bool(viable(rule, setting)) for rule, _ in cases]
         assert 10 < sum(possible) < 60
@@ -268,9 +445,7 @@ class TestAutomaton:
     def test_start_is_where_it_starts(self):
         setting = Setting(3, 3, (2,))
         table = dict(indptr=[0, 1, 2], tokens=[0, 1], targets=[1, 0], accepting=[True, False])
-        found = [
-            listed(search_with(TableLM(3), library("Automaton")(**table, start=s), setting)[0]) for s in range(2)
-        ]
+        found = [listed(search_with(TableLM(3), library("Automaton")(**table, start=s), setting)[0]) for s in range(2)]
         assert sorted(found[0]) == [((0, 1, 2), True), ((2,), True)]
         assert sorted(found[1]) == [((1, 0, 1), False), ((1, 2), True)]
 
@@ -367,6 +542,11 @@ class TestPrefix:
         other, _ = search_with(TableLM(5), None, setting, beam_size=3)
         assert torch.equal(one.tokens, other.tokens) and torch.equal(one.scores, other.scores)
 
+    def test_it_may_end_in_eos(self):
+        setting = Setting(5, 4, (4,))
+        hyps, _ = search_with(TableLM(5), library("Prefix")([2, 1, 4]), setting, beam_size=4)
+        assert listed(hyps) == [((2, 1, 4), True)]
+
     def test_it_counts_in_the_length(self):
         setting = Setting(5, 4, (4,), 3)
         hyps, _ = search_with(TableLM(5, 2), library("Prefix")([1, 2]), setting, beam_size=30, stopping=fb.Exhausted())
@@ -399,7 +579,14 @@ class TestNgrams:
 class TestForbidden:
     @pytest.mark.parametrize(
         "given",
-        [[[0]], [[0, 0]], [[0, 1, 0], [1, 0, 0]], [[0, 0, 0, 0]], [[1, 2], [2], [0, 1, 2]], [[0, 1], [1, 1, 0], [1, 0, 1]]],
+        [
+            [[0]],
+            [[0, 0]],
+            [[0, 1, 0], [1, 0, 0]],
+            [[0, 0, 0, 0]],
+            [[1, 2], [2], [0, 1, 2]],
+            [[0, 1], [1, 1, 0], [1, 0, 1]],
+        ],
         ids=str,
     )
     def test_overlaps(self, given):
@@ -412,8 +599,38 @@ class TestForbidden:
         hyps, _ = search_with(TableLM(4, 1, eos=(3,), eos_bias=-5), library("ForbiddenPhrases")(given), setting)
         assert assert_legal(hyps, 0, ContainsNone(given), setting)
 
+    def test_a_phrase_may_end_in_eos(self):
+        for given in (
+            [[1, 4]],
+            [[4]],
+            [[0, 1, 4], [1, 1]],
+            [
+                [3, 4],
+                [
+                    4,
+                ],
+            ],
+        ):
+            for setting in (Setting(5, 4, (4,)), Setting(5, 3, (4, 2), 1)):
+                assert_enumerates([(ContainsNone(given), library("ForbiddenPhrases")(given))], setting, 1)
+
 
 class TestSuffixVeto:
+    def test_no_span_crosses_documents(self):
+        setting = Setting(4, 4, (3,))
+        documents = [[0, 1], [2, 0], [1]]
+        cases = [(NoLongSpan(d, 1), library("SuffixVeto")(d, 1)) for d in (documents, [[0, 1, 2, 0, 1]])]
+        assert_enumerates(cases, setting, 1)
+
+    def test_a_span_of_none_bars_every_token_of_the_corpus(self):
+        setting = Setting(5, 4, (4,))
+        assert_enumerates([(NoLongSpan([[0, 2]], 0), library("SuffixVeto")([0, 2], 0))], setting, 1)
+
+    def test_eos_is_never_barred(self):
+        setting = Setting(5, 4, (4,))
+        corpus = [1, 4, 0, 4, 2, 3, 4]
+        assert_enumerates([(NoLongSpan([corpus], 1), library("SuffixVeto")(corpus, 1))], setting, 1)
+
     @pytest.mark.parametrize("longest", [1, 2, 3, 5])
     def test_no_long_span_of_the_corpus(self, longest):
         rng = np.random.default_rng(longest)
@@ -610,9 +827,20 @@ class TestPhrases:
         made = library("Phrases")([[1, 2], [2, 0]])
         model = TableLM(5, 0, eos=(4,), eos_bias=50.0)  # EOS as soon as it is allowed
         hyps, _ = search_with(model, made, setting, beam_size=1)
-        (tokens, finished), = listed(hyps)
+        ((tokens, finished),) = listed(hyps)
         assert finished and tokens == (1, 2, 0, 4) or Contains([[1, 2], [2, 0]]).legal(tokens, finished, setting)
         assert len(tokens) < 2 or not Contains([[1, 2], [2, 0]]).legal(tokens[:-2], False, setting)
+
+    @REGIMES
+    def test_banks_literally(self, regime):
+        for seed in range(30):
+            setting = [Setting(6, 5, (5,)), Setting(5, 5, ()), Setting(5, 5, (1, 3), 3)][seed % 3]
+            rule, made = KINDS["phrases"](np.random.default_rng([seed, 80]), setting)
+            beams = seed % 5 + 1
+            model = TableLM(setting.vocab, seed)
+            hyps, _ = search_with(model, made, setting, beam_size=beams, finished=regime, stopping=fb.Exhausted())
+            want = banked_search(model.logits, rule, setting, beams, regime)
+            assert [tokens for tokens, _ in listed(hyps)] == want
 
     def test_beams_of_every_progress_are_kept(self):
         # by score alone four beams would fill with hypotheses that have begun nothing, until the last moment forces them
@@ -628,6 +856,63 @@ class TestPhrases:
         hyps, _ = search_with(model, library("Phrases")(given), setting, beam_size=4, length_penalty=1.0)
         early = [tokens for tokens, _ in listed(hyps)]
         assert early and all(Contains(given).legal(tokens, True, setting) for tokens in early)
+
+
+class Text(Matches):
+    """A grammar allows what can go on to a text of it, however long: it does not look ahead to ``max_length``."""
+
+    looks_ahead = False
+
+    def may(self, prefix, token, setting):
+        if token in setting.eos:
+            return self.legal((*prefix, token), True, setting)
+        wide = Setting(setting.vocab, setting.max_length + 2, setting.eos)
+        return (*prefix, token) in viable(self, wide)
+
+
+class TestGrammar:
+    VOCABULARY = ["a", "b", "ab", None]
+
+    def case(self, pattern):
+        xgrammar = pytest.importorskip("xgrammar", reason="the extra `grammar`")
+        words = [word or "</s>" for word in self.VOCABULARY]
+        info = xgrammar.TokenizerInfo(words, vocab_size=4, stop_token_ids=[3])
+        return Text(pattern, self.VOCABULARY), fb.Grammar(xgrammar.GrammarCompiler(info).compile_regex(pattern))
+
+    @pytest.mark.parametrize("normalize", ["vocab", "allowed"])
+    @REGIMES
+    def test_texts_are_those_of_fullmatch(self, regime, normalize):
+        cases = [self.case(pattern) for pattern in ("(ab|ba)+", "a{1,2}b?", "(a|b)*abb")]
+        for setting in (Setting(4, 4, (3,)), Setting(4, 3, (3,), 2)):
+            assert_enumerates([*cases, nothing(None, setting)], setting, 1, finished=regime, normalize=normalize)
+
+    def test_with_others_and_as_alone(self):
+        setting, rng = Setting(4, 4, (3,)), np.random.default_rng(0)
+        rule, made = self.case("(ab|ba)+a?")
+        for kind in ("ngram", "phrases", "trie"):
+            other, constraint = KINDS[kind](rng, setting)
+            cases = [(Together([rule, other]), fb.AllOf(made, constraint)), (rule, made), (other, constraint)]
+            assert_enumerates(cases, setting, 2)
+            prompts = [0, 1, 2]
+            constraints = [c for _, c in cases]
+            together, _ = search_with(TableLM(4), constraints, setting, prompts, prompts, beam_size=2)
+            for i in prompts:
+                alone, _ = search_with(TableLM(4), constraints[i], setting, [i], [i], beam_size=2)
+                assert_same_bits(alone, together, 0, i)
+
+    @pytest.mark.parametrize(
+        "selection", [fb.Stochastic(1), fb.Sample(1), fb.DiverseGroups(2, 0.4), fb.DynamicWidth(0.7)]
+    )
+    def test_under_other_rules(self, selection):
+        setting = Setting(4, 5, (3,))
+        rule, made = self.case("(a|ba)*")
+        hyps, _ = search_with(TableLM(4), made, setting, range(3), beam_size=4, selection=selection)
+        for request in range(3):
+            assert assert_legal(hyps, request, rule, setting)
+
+    def test_what_it_is_given_is_checked(self):
+        with pytest.raises(TypeError, match="^compiled: expected"):
+            fb.Grammar("a+")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -730,7 +1015,11 @@ class TestBadArguments:
     @pytest.mark.parametrize("place", ["alone", "second", "inside"])
     def test_at_the_first_step_and_nothing_has_changed(self, name, args, argument, place):
         made = library(name)(*args)
-        constraint = {"alone": made, "second": [None, made], "inside": [None, fb.AllOf(library("NoRepeatNgram")(2), made)]}
+        constraint = {
+            "alone": made,
+            "second": [None, made],
+            "inside": [None, fb.AllOf(library("NoRepeatNgram")(2), made)],
+        }
         search = fb.BeamSearch(2, 4, 4, constraint=constraint[place])
         state, untouched = search.init(2), search.init(2)
         for _ in range(2):
