@@ -36,14 +36,6 @@ def bits_at(bitmask: Tensor, rows: Tensor | slice, tokens: Tensor) -> Tensor:
     return (bitmask[rows, tokens >> 5] >> (tokens & 31)) & 1 != 0
 
 
-def barred_words(bitmask: Tensor, vocab_size: int) -> Tensor:
-    """int32 ``[R, ceil(V / 32)]``: the words of a bitmask inverted, bits past the vocabulary left out."""
-    barred = ~bitmask[:, : words_of(vocab_size)]
-    if vocab_size % WORD_BITS:
-        barred[:, -1] &= (1 << (vocab_size % WORD_BITS)) - 1
-    return barred
-
-
 def tokens_of(words: Tensor) -> tuple[Tensor, Tensor]:
     """Rows and tokens, int64 ``[n]``, of the bits set in ``words [R, W]``. For torch definitions only: n is read."""
     row, word = words.nonzero().unbind(1)

@@ -7,11 +7,12 @@ barred tokens have touched is put right. No bit depends on which way a row took.
 import torch
 from torch import Tensor
 
-from .bitmask import barred_words, bits_at, tokens_of, words_of
+from .bitmask import bits_at, tokens_of, words_of
 from .exponential import LOG2E, evenly_split
 from .summary_pass import MOST, add_rows, fill
 from .tiles import GROUPS, TILE, Tiles, new_tiles, tiles_of
 
+_WORDS = TILE // 32  # of a tile's bitmask
 _MOST_SPANS = 8  # runs of rows: in shorter ones the pass is not worth splitting
 
 
@@ -29,21 +30,32 @@ def lightly_masked(
 ) -> tuple[list[tuple[int, int]], list[tuple[int, int]], tuple[Tensor, Tensor] | None]:
     """Runs of active rows to take without their masks, and with; and what the masks of the former bar.
 
-    That is rows and tokens ``[n]``, rows and tokens ascending, or None if it is nothing.
+    That is rows and tokens ``[n]``, those of one tile of a row side by side, or None if it is nothing.
     """
-    words = barred_words(bitmask, vocab_size)
-    few = tiles_of(vocab_size) // 4 if renormalize else words_of(vocab_size) // 32
-    bars_few = words.count_nonzero(1) <= few
+    rows, whole, words = bitmask.shape[0], vocab_size // TILE, words_of(vocab_size)
+    # maxima are found several times faster than single words that are not -1
+    full = bitmask[:, : whole * _WORDS].unflatten(1, (whole, _WORDS))
+    touched = (full.amin(2) != -1) | (full.amax(2) != -1)  # [R, tiles that are whole]
+    last = ~bitmask[:, whole * _WORDS : words]
+    if vocab_size % 32:
+        last[:, -1] &= (1 << (vocab_size % 32)) - 1
+    bars_few = touched.sum(1) + last.count_nonzero(1) <= tiles_of(vocab_size) // 4
+    if not renormalize and not bool(bars_few.all()):
+        bars_few |= (bitmask[:, :words] != -1).sum(1) <= words // 32
     is_light, is_heavy = bars_few, ~bars_few
     if active is not None:
         is_light, is_heavy = is_light & active, is_heavy & active
-    light, heavy = active_spans(is_light, words.shape[0]), active_spans(is_heavy, words.shape[0])
+    light, heavy = active_spans(is_light, rows), active_spans(is_heavy, rows)
     if not light or len(light) + len(heavy) > _MOST_SPANS:
-        return [], active_spans(active, words.shape[0]), None
+        return [], active_spans(active, rows), None
     if heavy or active is not None:
-        words.masked_fill_(~is_light[:, None], 0)
-    rows, tokens = tokens_of(words)
-    return light, heavy, (rows, tokens) if rows.shape[0] > 0 else None
+        touched &= is_light[:, None]
+        last.masked_fill_(~is_light[:, None], 0)
+    row, tile = touched.nonzero().unbind(1)
+    at, token = tokens_of(~full[row, tile])
+    last_row, last_token = tokens_of(last)
+    barred = torch.cat([row[at], last_row]), torch.cat([tile[at] * TILE + token, last_token + whole * TILE])
+    return light, heavy, barred if barred[0].shape[0] > 0 else None
 
 
 def retake_groups(
@@ -96,12 +108,21 @@ def retake_tiles(
     rows: Tensor,
     tokens: Tensor,
 ) -> None:
-    """Take the tiles of ``tokens [n]`` of ``rows [n]``, both ascending, again, over what the bitmask allows."""
+    """Take the tiles of ``tokens [n]`` of ``rows [n]`` again, over what the bitmask allows.
+
+    Tokens of one tile of a row are side by side.
+    """
     tiles, whole = tiles_of(vocab_size), vocab_size // TILE
     touched = torch.unique_consecutive(rows * tiles + tokens // TILE)
     full = touched % tiles < whole
-    x, bits = logits[:, : whole * TILE].unflatten(1, (whole, TILE)), bitmask[:, : whole * 64].unflatten(1, (whole, 64))
-    last, last_bits = logits[:, None, whole * TILE : vocab_size], bitmask[:, None, whole * 64 : words_of(vocab_size)]
+    x, bits = (
+        logits[:, : whole * TILE].unflatten(1, (whole, TILE)),
+        bitmask[:, : whole * _WORDS].unflatten(1, (whole, _WORDS)),
+    )
+    last, last_bits = (
+        logits[:, None, whole * TILE : vocab_size],
+        bitmask[:, None, whole * _WORDS : words_of(vocab_size)],
+    )
     for chosen, part, mask in ((touched[full], x, bits), (touched[~full], last, last_bits)):
         row, tile = chosen // tiles, chosen % tiles
         if row.shape[0] == 0:
