@@ -91,7 +91,7 @@ def parts_of(name: str, given: Any, of: str) -> Any:
 
 def as_word(name: str, given: Any) -> Word:
     """``given`` if it is a list of token ids that is not empty."""
-    return tuple(int_array(name, parts_of(name, given, "token")).tolist())
+    return tuple(map(int, int_array(name, parts_of(name, given, "token"))))
 
 
 def _phrase(name: str, given: Any) -> Phrase:
