@@ -10,7 +10,7 @@ from torch import Tensor
 from catalogue import VOCAB_SIZE
 from retriever import Retriever
 
-CHUNK = 8192  # rows of logits at a time
+CHUNK = 1024  # rows of logits at a time: they stay in the cache
 
 
 class Level(NamedTuple):

@@ -33,7 +33,6 @@ BEAMS = 64
 BATCH = 32  # queries searched at once
 RANKS = (1, 10, 64)
 ROUNDS = 9  # of timing
-THREADS = 2
 SEED = 1  # of the views, which training has not seen
 WAYS = ("no trie", "vocab"), ("trie", "vocab"), ("trie", "allowed")
 Row = dict[str, Any]
@@ -91,25 +90,28 @@ def compare(model: Retriever, items: Tensor, ids: Tensor, count: int) -> Row:
     every_item, index = EveryItem(ids), Index(ids)
     results["prefixes"] = [len(level.tokens) for level in every_item.levels]
 
-    best, rows = {}, []
+    best: dict[str, Tensor] = {}
+    rows: list[Row] = []
+
+    def add(way: tuple[str, str], found: Tensor, rate: float) -> None:
+        """``rate``: queries per second."""
+        row = quality(found, wanted, best[way[1]])
+        items_each = len(ids) if way[0] == "every item" else BEAMS * row["legal"]
+        speed = {"queries/s": rate, "items/s": rate * items_each}
+        rows.append({"search": way[0], "normalize": way[1], **row, **speed})
+
     for normalize in ("vocab", "allowed"):
         began = time.perf_counter()
         best[normalize] = torch.stack([every_item.best(model, query, BEAMS, normalize) for query in queries])
-        rate = count / (time.perf_counter() - began)
-        found = quality(best[normalize], wanted, best[normalize])
-        rows.append(
-            {"search": "every item", "normalize": normalize, **found, "queries/s": rate, "items/s": rate * len(ids)}
-        )
+        add(("every item", normalize), best[normalize], count / (time.perf_counter() - began))
 
     def run(way: tuple[str, str], batch: Tensor) -> Tensor:
-        return search(model, batch, None if way[0] == "no trie" else trie, way[1])
+        return search(model, batch, trie if way[0] == "trie" else None, way[1])
 
     rates = measure({way: lambda way=way: run(way, queries[:BATCH]) for way in WAYS})
     for way in WAYS:
-        found = quality(torch.cat([index(run(way, batch)) for batch in queries.split(BATCH)]), wanted, best[way[1]])
-        rate = rates[way] * min(BATCH, count)
-        items_rate = rate * BEAMS * found["legal"]
-        rows.append({"search": way[0], "normalize": way[1], **found, "queries/s": rate, "items/s": items_rate})
+        found = torch.cat([index(run(way, batch)) for batch in queries.split(BATCH)])
+        add(way, found, min(BATCH, count) * rates[way])
     return {**results, "rows": rows}
 
 
@@ -125,41 +127,52 @@ def measure(calls: dict[Any, Callable[[], object]]) -> dict[Any, float]:
 
 
 def show(results: Row) -> str:
-    """The table of docs/retrieval.md."""
+    """What docs/retrieval.md quotes."""
     recalls = [f"recall@{k}" for k in RANKS]
     head = ["search", "`normalize`", *recalls, "ids of items", f"of the best {BEAMS}", "queries/s", "items/s"]
     body = []
     for row in results["rows"]:
         shares = [f"{100 * row[name]:.1f} %" for name in (*recalls, "legal", "of_best")]
-        rates = [f"{row[name]:,.{0 if row[name] >= 10 else 1}f}".replace(",", " ") for name in ("queries/s", "items/s")]
+        rates = [f"{row[name]:.{0 if row[name] >= 10 else 1}f}" for name in ("queries/s", "items/s")]
         body.append([row["search"], f'`"{row["normalize"]}"`', *shares, *rates])
-    return table(head, body)
+    about = results["about"]
+    prefixes = ", ".join(map(str, results["prefixes"]))
+    return f"""{results["items"]} items: {prefixes} prefixes of 1 to {LEVELS} codes; their `fb.Trie` was built in \
+{results["trie_seconds"]:.2g} s.
+{results["queries"]} queries, {BATCH} at once, {BEAMS} beams. {about["machine"]}, threads: {about["threads"]};
+{", ".join(f"{name} {version}" for name, version in about["versions"].items())}; {about["date"]}.
+
+{table(head, body)}"""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--items", type=int, default=ITEMS, help="the first of the catalogue; default %(default)s")
-    parser.add_argument("--queries", type=int, default=256, help="default %(default)s")
+    parser.add_argument("--queries", type=int, default=128, help="default %(default)s")
+    parser.add_argument("--threads", type=int, default=2, help="default %(default)s")
     parser.add_argument("--out", type=Path, default=OUT, help="folder of retrieval.json")
     args = parser.parse_args()
-    for name, low, high in (("items", BEAMS, ITEMS), ("queries", 1, args.items)):
+    for name, low, high in (("items", BEAMS, ITEMS), ("queries", 1, args.items), ("threads", 1, 1024)):
         if not low <= (got := getattr(args, name)) <= high:
             parser.error(f"--{name}: expected {low} to {high}, got {got}")
-    torch.set_num_threads(THREADS)
+    torch.set_num_threads(args.threads)
     model, centroids = load()
     items = make_items()[: args.items]
     results = compare(model, items, make_ids(items, centroids), args.queries)
     results["about"] = {
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
-        "machine": f"{machine()}, {THREADS} threads",
+        "machine": machine(),
+        "threads": args.threads,
         "versions": {"flashbeam": fb.__version__, "torch": torch.__version__, "python": platform.python_version()},
     }
-    (args.out / "retrieval.json").write_text(json.dumps(rounded(results), indent=1) + "\n")
-    print(f"{args.items} items, {' / '.join(map(str, results['prefixes']))} prefixes of 1 to {LEVELS} codes")
-    print(
-        f"fb.Trie built in {results['trie_seconds']:.2f} s; {args.queries} queries, {BEAMS} beams, batches of {BATCH}\n"
-    )
-    print(show(rounded(results)))
+    results = rounded(results)
+    (args.out / "retrieval.json").write_text(json.dumps(results, indent=1) + "\n")
+    text = show(results)
+    if (page := args.out.parent / "retrieval.md").exists():
+        mark, end = "<!-- results -->\n", "\n<!-- end -->"
+        before, after = page.read_text().split(mark)
+        page.write_text(before + mark + text + end + after.split(end, 1)[1])
+    print(text)
 
 
 if __name__ == "__main__":
