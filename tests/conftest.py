@@ -3,6 +3,8 @@
 import importlib.util
 import os
 import random
+import sys
+from pathlib import Path
 
 import torch
 
@@ -13,6 +15,9 @@ if not torch.cuda.is_available():
 import hypothesis
 import numpy as np
 import pytest
+
+# `python -m pytest` puts the root there, where transformers would take the folder kernels/ for the package `kernels`
+sys.path[:] = [path for path in sys.path if Path(path).resolve() != Path(__file__).parents[1]]
 
 torch.use_deterministic_algorithms(True, warn_only=True)
 torch.utils.deterministic.fill_uninitialized_memory = True  # torch.empty -> nan, or the largest integer
