@@ -13,6 +13,7 @@ from .summary_pass import MOST, add_rows, fill
 from .tiles import GROUPS, TILE, Tiles, new_tiles, tiles_of
 
 _WORDS = TILE // 32  # of a tile's bitmask
+_TILES_AT_ONCE = 128  # stays in cache
 _MOST_SPANS = 8  # runs of rows: in shorter ones the pass is not worth splitting
 
 
@@ -123,15 +124,16 @@ def retake_tiles(
         logits[:, None, whole * TILE : vocab_size],
         bitmask[:, None, whole * _WORDS : words_of(vocab_size)],
     )
-    for chosen, part, mask in ((touched[full], x, bits), (touched[~full], last, last_bits)):
-        row, tile = chosen // tiles, chosen % tiles
-        if row.shape[0] == 0:
-            continue
-        at = tile if part is x else torch.zeros_like(tile)
-        some = part[row, at]  # [Q, 2048], or what there is of the last tile
-        found = new_tiles(some, some.shape[1], out.group_mass.shape[1] > 0)
-        heat = None if temperature is None else temperature[row]
-        fill(found, [(0, row.shape[0])], some, some.shape[1], mask[row, at], heat, True, found.group_mass.shape[1] > 0)
-        for field, value in zip(out, found, strict=True):
-            if value.numel() > 0:
-                field[row, tile] = value[:, 0]
+    mass = out.group_mass.shape[1] > 0
+    for where, part, mask in ((touched[full], x, bits), (touched[~full], last, last_bits)):
+        for chosen in where.split(_TILES_AT_ONCE) if where.shape[0] > 0 else ():
+            row = chosen // tiles
+            tile = chosen - row * tiles
+            at = tile if part is x else torch.zeros_like(tile)
+            some = part[row, at]  # [n, 2048], or what there is of the last tile
+            found = new_tiles(some, some.shape[1], mass)
+            heat = None if temperature is None else temperature[row]
+            fill(found, [(0, row.shape[0])], some, some.shape[1], mask[row, at], heat, True, mass)
+            for field, value in zip(out, found, strict=True):
+                if value.numel() > 0:
+                    field[row, tile] = value[:, 0]
