@@ -8,9 +8,7 @@ import pytest
 import torch
 
 import flashbeam as fb
-from flashbeam.constraint import AllOf
-from flashbeam.constraint.copying import Copy
-from flashbeam.constraint.ngram import NoRepeatNgram
+from flashbeam import AllOf, Copy, NoRepeatNgram
 from legal import as_dicts, assert_batch_invariant, assert_enumerates, assert_masks, context, enumerated, search_all
 from oracles import TableLM
 

@@ -7,9 +7,7 @@ import pytest
 import torch
 
 import flashbeam as fb
-from flashbeam.constraint import AllOf
-from flashbeam.constraint.ngram import NoRepeatNgram
-from flashbeam.constraint.prefix import Prefix
+from flashbeam import AllOf, NoRepeatNgram, Prefix
 from legal import assert_batch_invariant, assert_enumerates, assert_masks, context, search_all
 from oracles import TableLM, log_softmax64
 

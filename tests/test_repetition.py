@@ -8,9 +8,7 @@ import pytest
 import torch
 
 import flashbeam as fb
-from flashbeam.constraint import AllOf
-from flashbeam.constraint.ngram import NoRepeatNgram
-from flashbeam.constraint.repetition import RepetitionPenalty
+from flashbeam import AllOf, NoRepeatNgram, RepetitionPenalty
 from legal import as_dicts, assert_batch_invariant, assert_same, context, search_all
 from oracles import TableLM, enumerate_leaves
 

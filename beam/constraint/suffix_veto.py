@@ -130,8 +130,7 @@ class _Bound(Bound):
         high = end
         for _ in range(self.rounds):  # the first span that is not before what was said is in [low, high]
             pivots = low + (high - low) * self.shares // (PIVOTS + 1)
-            before = (self._compare(pivots, last, columns) < 0) & (low < high)
-            count = before.sum(1, keepdim=True)
+            count = (self._compare(pivots, last, columns) < 0).sum(1, keepdim=True)
             limits = torch.cat([low - 1, pivots, high], 1)
             low, high = limits.gather(1, count) + 1, limits.gather(1, count + 1)
         found = (low < end) & (self._compare(low, last, columns) == 0)
