@@ -44,7 +44,7 @@ def edge_allowed(
 
 @triton.jit
 def _edges_of_tile(tokens_ptr, start, end, tile):
-    """Of the edges from ``start`` up to ``end`` those whose tokens lie in a tile: the first, and the one behind the last."""
+    """The edges whose tokens lie in a tile, of those from ``start`` up to ``end``: the first, and one past the last."""
     low = start + tl.zeros([2], tl.int32)
     high = end + tl.zeros([2], tl.int32)
     bound = tile + tl.arange(0, 2)
