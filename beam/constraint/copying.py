@@ -62,7 +62,7 @@ class Copy:
 
 class _State(NamedTuple):
     at: Tensor  # bool [R, M, S]
-    lengths: Tensor  # int64 [R], tokens so far
+    lengths: Tensor  # int64 [R], tokens so far: the same in all rows
 
 
 class _Sources(NamedTuple):
@@ -101,6 +101,7 @@ class _Bound(Bound):
             (context.max_lengths, np.int64),
         ]
         self.sources = _Sources(*(on_device(values, dtype, context) for values, dtype in columns))
+        self.repeats = any(len(np.unique(source)) < len(source) for source in sources)
         self.lacking = torch.arange(max(spans), device=context.device)[:, None]  # [M, 1]
         self.places = torch.arange(width, device=context.device)  # [S]
         self.eos_bits = eos_bits(context)
@@ -117,13 +118,15 @@ class _Bound(Bound):
 
     def bitmask(self, state: _State) -> Tensor:
         source = self._of_rows(state)
-        places = (self._next(state, source) & self._hopeful(source, state.lengths + 1)).any(1)  # bool [R, S]
-        rows, vocab_size = places.shape[0], self.context.vocab_size
-        row = torch.arange(rows, device=places.device)[:, None].expand_as(places)
-        # a token at several places is marked at the first of them
-        marked = torch.zeros(places.numel(), dtype=torch.int32, device=places.device)
-        marked.scatter_add_(0, (row * places.shape[1] + source.first).flatten(), places.flatten().int())
-        bitmask = mark_bits(row, source.tokens.clamp(min=0).long(), marked.view_as(places) > 0, rows, vocab_size)
+        by_request = self._next(state, source).unflatten(0, (self.context.batch_size, -1))
+        places = (by_request & self._hopeful(state)[:, None]).flatten(0, 1).any(1)  # bool [R, S]
+        row = torch.arange(places.shape[0], device=places.device)[:, None].expand_as(places)
+        if self.repeats:  # a token at several places is marked at the first of them
+            marked = torch.zeros(places.numel(), dtype=torch.int32, device=places.device)
+            marked.scatter_add_(0, (row * places.shape[1] + source.first).flatten(), places.flatten().int())
+            places = marked.view_as(places) > 0
+        tokens = source.tokens.clamp(min=0).long()
+        bitmask = mark_bits(row, tokens, places, places.shape[0], self.context.vocab_size)
         ends = state.at[:, 0].any(1) | (state.lengths == 0)
         bitmask |= self.eos_bits * ends[:, None]
         return bitmask.masked_fill_(source.free[:, None], -1)
@@ -136,17 +139,19 @@ class _Bound(Bound):
         complete = state.at[:, 0]
         goes_on = pad(state.at[:, 1:, :-1], (1, 0, 0, 1))
         goes_on[:, 0, 1:] |= complete[:, :-1]
-        behind = pad(complete.cumsum(1)[:, :-1] > 0, (1, 0))  # a span ends before this place
-        begins = behind | (source.anywhere & complete.any(1))[:, None] | (state.lengths == 0)[:, None]
+        any_complete, first = complete.byte().max(1)  # the end of the earliest span
+        behind = (self.places > first[:, None]) | source.anywhere[:, None]
+        begins = (behind & any_complete.bool()[:, None]) | (state.lengths == 0)[:, None]
         starts = self.lacking == source.min_span[:, None, None] - 1  # [R, M, 1]
-        return (goes_on | (begins[:, None] & starts)) & (self.places < source.length[:, None])[:, None]
+        return goes_on | (begins[:, None] & starts)
 
-    def _hopeful(self, source: _Sources, count: Tensor) -> Tensor:
-        """bool ``[R, M, S]``: after ``count`` tokens a row can be accepted from here."""
-        left = source.length[:, None, None] - 1 - self.places  # [R, 1, S], places behind this one
-        # numbers of further tokens, [R, 1, 1]
-        earliest = (source.least - count).clamp(min=0)[:, None, None]
-        latest = (source.most - count)[:, None, None]
+    def _hopeful(self, state: _State) -> Tensor:
+        """bool ``[B, M, S]``: who gets here with the next token can be accepted."""
+        source, said = self.sources, state.lengths.view(self.context.batch_size, -1)[:, 0] + 1
+        left = source.length[:, None, None] - 1 - self.places  # [B, 1, S], places behind this one
+        # numbers of further tokens, [B, 1, 1]
+        earliest = (source.least - said).clamp(min=0)[:, None, None]
+        latest = (source.most - said)[:, None, None]
         length = source.length.clamp(min=1)[:, None, None]
         more = ((earliest - left + length - 1) // length).clamp(min=0)  # spans more, at least
         enough = self.lacking + more * source.min_span[:, None, None] <= latest
