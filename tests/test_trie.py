@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -413,8 +414,6 @@ def test_missing_folder(tmp_path: Path) -> None:
 
 def rewrite(folder: Path, name: str, change, honest: bool) -> None:
     """Replace an array; ``honest``: with the facts that the description needs."""
-    import zlib
-
     array = change(np.load(folder / f"{name}.npy"))
     np.save(folder / f"{name}.npy", array)
     if honest:
@@ -443,7 +442,7 @@ DAMAGES = {
     "truncated header": lambda folder: (folder / "tokens.npy").write_bytes(b"\x93NUMPY"),
     "emptied": lambda folder: (folder / "tokens.npy").write_bytes(b""),
     "pickled": lambda folder: np.save(folder / "tokens.npy", np.array([{}], object), allow_pickle=True),
-    "one bit": lambda folder: rewrite(folder, "tokens", lambda x: x ^ 1, False),
+    "one bit": lambda folder: rewrite(folder, "reach", lambda x: x ^ (np.arange(len(x)) == 3)[:, None], False),
     "other dtype": lambda folder: rewrite(folder, "tokens", lambda x: x.astype(np.int64), True),
     "negative": lambda folder: rewrite(folder, "tokens", lambda x: x - 100, True),
     "too large": lambda folder: rewrite(folder, "tokens", lambda x: x | 0x7FFFFF00, True),
@@ -457,6 +456,32 @@ DAMAGES = {
     "flat reach": lambda folder: rewrite(folder, "reach", lambda x: x[:, 0], True),
     "empty reach": lambda folder: rewrite(folder, "reach", lambda x: x * 0, True),
 }
+
+
+class Trap:
+    """Unpickled, it leaves a file."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self) -> tuple:
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("mmap", [True, False])
+def test_no_code_in_a_file_is_run(mmap: bool, tmp_path: Path) -> None:
+    Trie([[1, 3]]).save(tmp_path / "trie")
+    np.save(tmp_path / "trie" / "tokens.npy", np.array([Trap(tmp_path / "trap")], object), allow_pickle=True)
+    with pytest.raises(ValueError, match="path: expected a folder"):
+        Trie.load(tmp_path / "trie", mmap=mmap)
+    assert not (tmp_path / "trap").exists()
+
+
+def test_error_says_what_a_file_holds(tmp_path: Path) -> None:
+    Trie([[1, 3]]).save(tmp_path / "trie")
+    rewrite(tmp_path / "trie", "reach", lambda x: x.reshape(1, 3), False)
+    with pytest.raises(ValueError, match=r"reach.npy holds int32 \[1, 3\], not <i4 \[3, 1\]"):
+        Trie.load(tmp_path / "trie")
 
 
 @pytest.mark.parametrize("mmap", [True, False])
