@@ -6,7 +6,6 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
-from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, logging
 
 import flashbeam as fb
@@ -38,28 +37,29 @@ def random_items(count: int, vocab: int, shortest: int = 3, longest: int = 3, se
     return sorted(items)
 
 
-def by_generate(lm: GPT2LMHeadModel, items: list[Item], beams: int, batch: int = 1, **options):
-    """Hugging Face's n-best: what ``generate`` returns. The trie is a dict, the usual way."""
-    bos, eos = lm.config.bos_token_id, lm.config.eos_token_id
+def trie_as_dict(items: list[Item], eos: int):
+    """A ``prefix_allowed_tokens_fn``, the usual way: the tokens that may follow each prefix. Items are sorted."""
     follow: dict[Item, list[int]] = {}
     for item in items:
         for end, token in enumerate((*item, eos)):
             tokens = follow.setdefault(item[:end], [])
-            if token not in tokens[-1:]:  # items are sorted
+            if token not in tokens[-1:]:
                 tokens.append(token)
+    return lambda request, tokens: follow.get(tuple(tokens[1:].tolist()), [eos])
 
-    def allowed(request: int, tokens: Tensor) -> list[int]:
-        return follow.get(tuple(tokens[1:].tolist()), [eos])
 
-    prompts = torch.full((batch, 1), bos)
-    options = {"length_penalty": 0.0, "early_stopping": True, "prefix_allowed_tokens_fn": allowed, **options}
+def by_generate(lm: GPT2LMHeadModel, allowed, beams: int, max_length: int, batch: int = 1, **options):
+    """Hugging Face's n-best: what ``generate`` returns."""
+    prompts = torch.full((batch, 1), lm.config.bos_token_id)
+    options = {"length_penalty": 0.0, "early_stopping": True, **options}
     return lm.generate(
         prompts,
         attention_mask=torch.ones_like(prompts),
         do_sample=False,
         num_beams=beams,
         num_return_sequences=beams,
-        max_new_tokens=max(map(len, items)) + 1,
+        max_new_tokens=max_length,
+        prefix_allowed_tokens_fn=allowed,
         output_scores=True,
         return_dict_in_generate=True,
         **options,
@@ -81,3 +81,15 @@ def by_flashbeam(lm: GPT2LMHeadModel, constraint, beams: int, max_length: int, b
         cache = out[CACHE]
         cache.reorder_cache(step.source_rows)
         out = lm(step.tokens.view(-1, 1), use_cache=True, **{CACHE: cache})
+
+
+@torch.inference_mode()
+def forwards_alone(lm: GPT2LMHeadModel, beams: int, steps: int, batch: int = 1) -> None:
+    """What both spend on the model: its forward passes, and no search."""
+    out = lm(torch.full((batch, 1), lm.config.bos_token_id), use_cache=True)
+    rows = torch.arange(batch).repeat_interleave(beams)
+    for _ in range(steps - 1):
+        cache = out[CACHE]
+        cache.reorder_cache(rows)
+        rows = torch.arange(batch * beams)
+        out = lm(torch.zeros(batch * beams, 1, dtype=torch.int64), use_cache=True, **{CACHE: cache})

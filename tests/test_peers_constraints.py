@@ -4,13 +4,18 @@ What is pinned here of Hugging Face was seen in transformers 5.24.0. If another 
 say so in docs/peers.md.
 """
 
+import json
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
 import flashbeam as fb
 
 pytest.importorskip("transformers", reason="needs transformers: the extra `hf`")
-from peers import by_flashbeam, by_generate, model, random_items
+from peers import by_flashbeam, by_generate, model, random_items, trie_as_dict
 
 V = 50
 BOS, EOS, PAD = V - 3, V - 2, V - 1
@@ -39,7 +44,9 @@ def test_the_same_items_where_there_are_more_than_beams(seed, beams, renormalize
     lm, items = model(V, seed), random_items(200, V, *lengths, seed=seed)
     options = {"stopping": fb.Exact(), "normalize": "allowed" if renormalize else "vocab"}
     hyps = by_flashbeam(lm, fb.Trie(items), beams, max(lengths) + 1, batch=2, **options)
-    out = by_generate(lm, items, beams, batch=2, early_stopping="never", renormalize_logits=renormalize)
+    out = by_generate(
+        lm, trie_as_dict(items, EOS), beams, max(lengths) + 1, 2, early_stopping="never", renormalize_logits=renormalize
+    )
     for request in range(2):
         found, log_probs = ours(hyps, request)
         expected, scores = theirs(out, beams, request)
@@ -50,7 +57,7 @@ def test_the_same_items_where_there_are_more_than_beams(seed, beams, renormalize
 @pytest.mark.parametrize("early_stopping", [True, False, "never"])
 def test_fewer_items_than_beams(early_stopping):
     lm, items = model(V), random_items(2, V)
-    expected, scores = theirs(by_generate(lm, items, 5, early_stopping=early_stopping), 5)
+    expected, scores = theirs(by_generate(lm, trie_as_dict(items, EOS), 5, 4, early_stopping=early_stopping), 5)
     hyps = by_flashbeam(lm, fb.Trie(items), 5, 4, stopping=fb.Exhausted())
     found, log_probs = ours(hyps)
     # ours: both items, and three places marked as empty
@@ -65,11 +72,12 @@ def test_fewer_items_than_beams(early_stopping):
 
 def test_filler_ends_a_search_early():
     lm, items = model(V, 2), random_items(200, V, 1, 5, seed=2)
-    expected, scores = theirs(by_generate(lm, items, 4, early_stopping=True), 4)
+    allowed = trie_as_dict(items, EOS)
+    expected, scores = theirs(by_generate(lm, allowed, 4, 6, early_stopping=True), 4)
     found, log_probs = ours(by_flashbeam(lm, fb.Trie(items), 4, 6, stopping=fb.FirstFinished()))
     # theirs: a duplicate at -1e9 is the fourth to finish, and a better item is still under way
     assert expected == [found[0], found[2], found[3], found[0]] and scores[3] == -1e9
-    assert len({*found}) == 4 and found == theirs(by_generate(lm, items, 4, early_stopping=False), 4)[0]
+    assert len({*found}) == 4 and found == theirs(by_generate(lm, allowed, 4, 6, early_stopping=False), 4)[0]
     assert (log_probs > -100).all()
 
 
@@ -77,7 +85,7 @@ def test_a_dead_end():
     lm, items = model(V), random_items(20, V)
     # theirs: an error for the whole batch
     with pytest.raises(ValueError, match="prefix_allowed_tokens_fn"):
-        by_generate(lm, items, 4, prefix_allowed_tokens_fn=lambda request, tokens: [] if request else [1], batch=2)
+        by_generate(lm, lambda request, tokens: [] if request else [1], 4, 4, batch=2)
     # ours: a request without hypotheses, and a flag
     hyps = by_flashbeam(lm, [fb.Trie(items), fb.Trie([(1, 2, 3)])], 4, 4, batch=2, min_length=[0, 4])
     assert hyps.valid.sum(1).tolist() == [4, 1]
@@ -96,7 +104,16 @@ def test_a_grammar():
     lm = model(V)
     # theirs: xgrammar's processor follows rows, not beams
     with pytest.raises((RuntimeError, AssertionError)):
-        by_generate(lm, [(0, 0, 0)], 4, prefix_allowed_tokens_fn=None, logits_processor=[LogitsProcessor(compiled)])
+        by_generate(lm, None, 4, 4, logits_processor=[LogitsProcessor(compiled)])
     found, _ = ours(by_flashbeam(lm, fb.Grammar(compiled), 30, 5, stopping=fb.Exhausted()))
     pairs = [(0, 1), (1, 0), (2, 3), (3, 2)]
     assert {*found} == {(*pair, EOS) for pair in pairs} | {(*one, *two, EOS) for one in pairs for two in pairs}
+
+
+def test_the_benchmark_runs(tmp_path):
+    root, output = Path(__file__).parents[1], tmp_path / "peers.json"
+    command = [sys.executable, root / "bench/run_peers.py", "--tiny", "--rounds", "2", "--output", output]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    (found,) = json.loads(output.read_text())["results"]
+    assert found["timings"].keys() == {"transformers", "flashbeam", "the model alone"}
