@@ -196,3 +196,15 @@ def test_choosing_table(tmp_path: Path, bench: dict[str, Any]) -> None:
     assert "Stochastic" in result.stdout and "noise for every logit" in result.stdout
     targets = {case for cases in __import__("run_choosing").TARGETS.values() for case in cases}
     assert targets <= {case for each in found["results"].values() for case in each["timings"]}
+
+
+def test_constraints_table(tmp_path: Path, bench: dict[str, Any]) -> None:
+    output = tmp_path / "out.json"
+    result = run("bench/run_constraints.py", "--tiny", "--rounds", "2", "--build", "--output", str(output))
+    assert result.returncode == 0, result.stderr
+    found = json.loads(output.read_text())
+    assert set(found["results"]) == {"tries", "others"} and found["build"]["seconds"] > 0
+    cases = [case for each in found["results"].values() for case in each["ratios"]]
+    targets = __import__("run_constraints").TARGETS
+    assert targets.keys() - {"vocab", "allowed", "flat"} <= set(cases)
+    assert all(any(key in case for case in cases) for key in ("vocab", "allowed", "/ 10000 items"))

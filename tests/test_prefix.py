@@ -111,7 +111,7 @@ def test_bad_arguments(tokens, error, message):
     ("tokens", "message"),
     [
         ([1, 5], "tokens: expected ids inside the vocabulary of 5, got 5"),
-        ([4, 1], "tokens, before the last: expected no EOS, got 4"),
+        ([4, 1], r"tokens: expected EOS only as the last token, got \[4, 1\]"),
     ],
 )
 def test_refused_at_the_first_step(tokens, message):

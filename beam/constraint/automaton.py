@@ -159,6 +159,11 @@ class Automaton:
             self._copies[key] = Edges(indptr, tokens, targets, reach)
         return self._copies[key]
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of what :meth:`save` writes."""
+        return sum(array.nbytes for array in self._arrays().values())
+
     @cached_property
     def widest(self) -> tuple[int, int]:
         """Most edges of a state: before the first token, and after one or more."""

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .csr import int_array
 from .protocol import Bound, Context
-from .token_lists import check_inside, check_without_eos, on_device, padded
+from .token_lists import check_inside, on_device, padded
 
 
 class Prefix:
@@ -48,7 +48,8 @@ class _Bound(Bound):
         prefixes = [np.zeros(0, np.int32) if request is None else request.tokens for request in requests]
         for prefix in prefixes:
             check_inside("tokens", prefix, context.vocab_size)
-            check_without_eos("tokens, before the last", prefix[:-1], context.eos)
+            if np.isin(prefix[:-1], np.asarray(context.eos, np.int32)).any():
+                raise ValueError(f"tokens: expected EOS only as the last token, got {prefix.tolist()}")
         self.prefixes = on_device(padded(prefixes, max(map(len, prefixes)) + 1), np.int64, context)  # [B, P + 1]
 
     def init(self) -> _State:
