@@ -1,7 +1,7 @@
-"""What each constraint allows, in plain Python, and what a search with one must then return. Nothing here is flashbeam's.
+"""What each constraint allows, in plain Python, and what a search must then return. Nothing here is flashbeam's.
 
-A rule says of a finished sequence, by naive search, whether it is legal. One that ``looks_ahead`` allows a token exactly
-if some legal sequence goes on with it; one that does not judges what has been said so far.
+A rule says of a finished sequence, by naive search, whether it is legal. One that ``looks_ahead`` allows a token
+exactly if some legal sequence goes on with it; one that does not judges what has been said so far.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What each constraint allows, against enumeration and by naive search, from the contract (design.md, sections 3, 4)."""
+"""What each constraint allows, against enumeration and by naive search, from the contract (design.md, 3 and 4)."""
 
 import functools
 import itertools
@@ -27,7 +27,6 @@ from constraint_oracles import (
     Contains,
     ContainsNone,
     Copied,
-    Items,
     Matches,
     NoLongSpan,
     NoNgramTwice,
@@ -379,7 +378,7 @@ class TestTrie:
 
     @pytest.mark.parametrize("normalize", ["vocab", "allowed"])
     def test_lists_and_bitmasks_are_bitwise_equal(self, normalize):
-        # AllOf with an own constraint of no ban, and another rule of one request, make it a mask; alone it may be a list
+        # AllOf with an own constraint of no ban, and another rule of one request, make it a mask; alone a list
         setting = Setting(64, 4, (5,))
         rng = np.random.default_rng(8)
         items = [some_tokens(rng, setting, 1, 3, 9) for _ in range(30)]
@@ -771,7 +770,7 @@ class TestPhrases:
     def test_what_does_not_fit_is_flagged(self, ordered, regime):
         rng, vocab = np.random.default_rng(9), 8
         for many in (1, 2, 4, 10):
-            given = self.random(rng, vocab, many) + [[1, 2, 3]]
+            given = [*self.random(rng, vocab, many), [1, 2, 3]]
             setting = Setting(vocab, shortest(given, ordered) - 1, (vocab - 1,))
             made = library("Phrases")(given, ordered=ordered)
             hyps, state = search_with(tempting(vocab, 1), made, setting, beam_size=3, finished=regime)
@@ -828,7 +827,7 @@ class TestPhrases:
         model = TableLM(5, 0, eos=(4,), eos_bias=50.0)  # EOS as soon as it is allowed
         hyps, _ = search_with(model, made, setting, beam_size=1)
         ((tokens, finished),) = listed(hyps)
-        assert finished and tokens == (1, 2, 0, 4) or Contains([[1, 2], [2, 0]]).legal(tokens, finished, setting)
+        assert (finished and tokens == (1, 2, 0, 4)) or Contains([[1, 2], [2, 0]]).legal(tokens, finished, setting)
         assert len(tokens) < 2 or not Contains([[1, 2], [2, 0]]).legal(tokens[:-2], False, setting)
 
     @REGIMES
@@ -843,7 +842,7 @@ class TestPhrases:
             assert [tokens for tokens, _ in listed(hyps)] == want
 
     def test_beams_of_every_progress_are_kept(self):
-        # by score alone four beams would fill with hypotheses that have begun nothing, until the last moment forces them
+        # by score alone four beams would fill with hypotheses that have begun nothing, until the last moment
         setting, vocab = Setting(12, 12, (11,)), 12
         given = [[7, 8], [9]]
         row = np.full(vocab, -9.0, np.float32)
@@ -911,7 +910,7 @@ class TestGrammar:
             assert assert_legal(hyps, request, rule, setting)
 
     def test_what_it_is_given_is_checked(self):
-        with pytest.raises(TypeError, match="^compiled: expected"):
+        with pytest.raises(TypeError, match=r"^compiled: expected"):
             fb.Grammar("a+")
 
 
@@ -1040,7 +1039,7 @@ class TestBadArguments:
             for each in (state, other):
                 search.step(each, rows[0, :1])
             for wrong in (torch.zeros(3, 6), torch.zeros(2, 5), torch.zeros(3, 5, dtype=torch.int64), "x"):
-                with pytest.raises((ValueError, TypeError), match="^logits: expected"):
+                with pytest.raises((ValueError, TypeError), match=r"^logits: expected"):
                     search.step(state, wrong)
             for row in rows[1:]:
                 a, b = search.step(state, row), search.step(other, row)
