@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections import Counter
 
 import numpy as np
@@ -33,26 +32,6 @@ FIELDS = ["tokens", "lengths", "scores", "log_probs", "token_log_probs", "valid"
 LETTERS = "abcdefgh"
 
 
-def library(name: str):
-    if not hasattr(fb, name):
-        files = {"Trie": "trie", "Automaton": "automaton", "Phrases": "phrases", "ForbiddenPhrases": "forbidden",
-                 "NoRepeatNgram": "ngram", "Prefix": "prefix", "RepetitionPenalty": "repetition",
-                 "SuffixVeto": "suffix_veto", "Copy": "copy", "Grammar": "grammar"}  # fmt: skip
-        try:
-            return getattr(importlib.import_module(f"flashbeam.constraint.{files[name]}"), name)
-        except (ImportError, AttributeError):
-            pytest.skip(f"fb.{name} has not landed")
-    return getattr(fb, name)
-
-
-def landed(name: str) -> bool:
-    try:
-        library(name)
-    except pytest.skip.Exception:
-        return False
-    return True
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # random constraints: (oracle, constraint)
 
@@ -66,7 +45,7 @@ def some_tokens(rng, setting: Setting, least: int, most: int, letters: int | Non
 def trie(rng, setting):
     items = [some_tokens(rng, setting, 0, setting.max_length + 1) for _ in range(rng.integers(1, 12))]
     items += [item[: rng.integers(len(item) + 1)] for item in items[::3]]  # beginnings of others, and the empty one
-    return Items(items), library("Trie")(items)
+    return Items(items), fb.Trie(items)
 
 
 def csr(edges: dict[tuple[int, int], int], states: int, rng=None):
@@ -85,7 +64,7 @@ def automaton(rng, setting):
     edges = {(s, t): int(rng.integers(states)) for s in range(states) for t in others if rng.random() < dense}
     accepting, start = rng.random(states) < 0.4, int(rng.integers(states))
     rule = Words(edges, frozenset(np.flatnonzero(accepting).tolist()), start)
-    return rule, library("Automaton")(*csr(edges, states, rng), accepting.tolist(), start=start)
+    return rule, fb.Automaton(*csr(edges, states, rng), accepting.tolist(), start=start)
 
 
 PATTERNS = [
@@ -111,7 +90,7 @@ def regex(rng, setting):
         wide = Setting(setting.vocab, 5, setting.eos)
         if any(rule.legal(leaf, leaf[-1] in setting.eos, wide) for leaf in wide.leaves()):
             break
-    return rule, library("Automaton").from_regex(pattern, vocabulary)
+    return rule, fb.Automaton.from_regex(pattern, vocabulary)
 
 
 def phrases(rng, setting):
@@ -124,38 +103,38 @@ def phrases(rng, setting):
         [word() for _ in range(rng.integers(1, 4))] if rng.random() < 0.3 else word() for _ in range(rng.integers(1, 4))
     ]
     ordered = bool(rng.random() < 0.4)
-    return Contains(given, ordered), library("Phrases")(given, ordered=ordered)
+    return Contains(given, ordered), fb.Phrases(given, ordered=ordered)
 
 
 def forbidden(rng, setting):
     given = [some_tokens(rng, setting, 1 + (rng.random() < 0.7), 3) for _ in range(rng.integers(1, 6))]
-    return ContainsNone(given), library("ForbiddenPhrases")(given)
+    return ContainsNone(given), fb.ForbiddenPhrases(given)
 
 
 def ngram(rng, setting):
     n = int(rng.integers(1, 4))
-    return NoNgramTwice(n), library("NoRepeatNgram")(n)
+    return NoNgramTwice(n), fb.NoRepeatNgram(n)
 
 
 def prefix(rng, setting):
     given = some_tokens(rng, setting, 0, setting.max_length + 1)
-    return Begins(given), library("Prefix")(given)
+    return Begins(given), fb.Prefix(given)
 
 
 def suffix_veto(rng, setting):
     documents, longest = [some_tokens(rng, setting, 1, 12) for _ in range(rng.integers(1, 5))], int(rng.integers(1, 4))
     corpus = documents if len(documents) > 1 else documents[0]
-    return NoLongSpan(documents, longest), library("SuffixVeto")(corpus, longest)
+    return NoLongSpan(documents, longest), fb.SuffixVeto(corpus, longest)
 
 
 def copied(rng, setting):
     source, monotone, least = some_tokens(rng, setting, 2, 9), bool(rng.random() < 0.5), int(rng.integers(1, 4))
-    return Copied(source, monotone, least), library("Copy")(source, monotone=monotone, min_span=least)
+    return Copied(source, monotone, least), fb.Copy(source, monotone=monotone, min_span=least)
 
 
 def penalty(rng, setting):
     given = float(rng.choice([0.7, 1.3, 3.0]))
-    return Penalised(given), library("RepetitionPenalty")(given)
+    return Penalised(given), fb.RepetitionPenalty(given)
 
 
 def nothing(rng, setting):
@@ -174,8 +153,6 @@ KINDS = {
     "copy": copied,
     "penalty": penalty,
 }
-CLASSES = {"suffix_veto": "SuffixVeto", "copy": "Copy", "forbidden": "ForbiddenPhrases", "phrases": "Phrases"}
-KINDS = {kind: make for kind, make in KINDS.items() if kind not in CLASSES or landed(CLASSES[kind])}
 
 
 def all_of(kinds, rng, setting):

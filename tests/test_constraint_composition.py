@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -14,7 +15,6 @@ from constraint_cases import (
     assert_enumerates,
     assert_legal,
     assert_same_bits,
-    library,
     listed,
     nothing,
     search_with,
@@ -68,10 +68,7 @@ class TestTogether:
 
     def test_nested(self):
         setting, rng = SETTINGS[0], np.random.default_rng(2)
-        parts = [
-            KINDS[kind](rng, setting)
-            for kind in [k for k in ("ngram", "forbidden", "copy", "suffix_veto") if k in KINDS]
-        ]
+        parts = [KINDS[kind](rng, setting) for kind in ("ngram", "forbidden", "copy", "suffix_veto")]
         rules, made = [rule for rule, _ in parts], [constraint for _, constraint in parts]
         cut = len(made) // 2
         flat = fb.AllOf(*made)
@@ -81,7 +78,7 @@ class TestTogether:
 
     def test_what_only_the_conjunction_rules_out_is_a_dead_end(self):
         setting = Setting(5, 4, (4,))
-        both = fb.AllOf(library("Trie")([[0, 1], [0, 2]]), library("ForbiddenPhrases")([[1], [2]]))
+        both = fb.AllOf(fb.Trie([[0, 1], [0, 2]]), fb.ForbiddenPhrases([[1], [2]]))
         for regime in ("pool", "in_place"):
             hyps, state = search_with(TableLM(5), both, setting, beam_size=3, finished=regime)
             assert not hyps.valid.any() and state.flags.tolist() == [fb.FLAG_DEAD_END]
@@ -90,13 +87,13 @@ class TestTogether:
     def test_phrases_in_a_trie(self):
         setting = Setting(6, 4, (5,))
         items = [[0, 1, 2], [1, 2, 0], [3, 3], [2, 1, 2, 3], [0, 0]]
-        both = fb.AllOf(library("Trie")(items), library("Phrases")([[1, 2]]))
+        both = fb.AllOf(fb.Trie(items), fb.Phrases([[1, 2]]))
         hyps, _ = search_with(TableLM(6), both, setting, beam_size=5)
         assert sorted(t[:-1] if f else t for t, f in listed(hyps)) == [(0, 1, 2), (1, 2, 0), (2, 1, 2, 3)]
 
     def test_two_phrases_constraints_are_one_of_all_phrases(self):
         setting = Setting(5, 5, (4,))
-        both = fb.AllOf(library("Phrases")([[1, 2]]), library("Phrases")([[2, 0]]))
+        both = fb.AllOf(fb.Phrases([[1, 2]]), fb.Phrases([[2, 0]]))
         model = TableLM(5, 3)
         rule = Together([Contains([[1, 2]]), Contains([[2, 0]])])
         want = enumerate_legal(model.logits, 0, rule, setting)
@@ -143,7 +140,7 @@ class TestFewBeams:
 
 
 class TestBatchInvariance:
-    RULES = {
+    RULES: ClassVar = {
         "top-k": lambda: fb.TopK(),
         "stochastic": lambda: fb.Stochastic(3),
         "sample": lambda: fb.Sample(3),
@@ -177,7 +174,7 @@ class TestBatchInvariance:
         # wide beside narrow: longer phrases, larger tries, longer prefixes than one's own
         setting = Setting(6, 5, (5,))
         rng = np.random.default_rng(0)
-        Phrases, Trie, Prefix = library("Phrases"), library("Trie"), library("Prefix")
+        Phrases, Trie, Prefix = fb.Phrases, fb.Trie, fb.Prefix
         small = [Phrases([[1]]), Trie([[1, 2], [3]]), Prefix([2])]
         large = [
             Phrases([[1, 2], [3], [[4], [0, 0]], [2, 3]]),
@@ -236,7 +233,7 @@ class TestEveryChoosingRule:
     def test_sampling_log_probs_are_of_the_renormalised_distribution(self):
         setting, rng = SETTINGS[0], np.random.default_rng(4)
         model = TableLM(5, 2)
-        for kind in sorted({"trie", "automaton", "phrases", "ngram", "copy"} & set(KINDS)):
+        for kind in ("trie", "automaton", "phrases", "ngram", "copy"):
             rule, made = KINDS[kind](rng, setting)
             plain = enumerate_legal(model.logits, 0, rule, setting, temperature=0.7)
             own = enumerate_legal(model.logits, 0, rule, setting, normalize="allowed", temperature=0.7)
@@ -281,7 +278,7 @@ def tally(outcomes):
 
 LAWS = {
     "trie": lambda: KINDS["trie"](np.random.default_rng(5), Setting(5, 4, (4,))),
-    "phrases": lambda: (Contains([[1, 0]]), library("Phrases")([[1, 0]])),
+    "phrases": lambda: (Contains([[1, 0]]), fb.Phrases([[1, 0]])),
 }
 
 
