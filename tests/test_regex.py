@@ -51,7 +51,7 @@ PATTERNS = [
     r"(?a:\W)a",
     r"(?i)AB|É",
     r"a(?i:B)a",
-    r"(?i:a(?-i:b))+",
+    r"(?i:a(?-i:é))+",
     r"(?i)[a-b]+",
     r"(?i)[^A]+",
     r"(?x) a  b # said",
@@ -68,6 +68,7 @@ PATTERNS = [
     r"a$\n$",
     r"a$\n\n",
     r"a\Z\n|b\Z$",
+    r"a\Z$\n|b",
     r"a$b?",
     r"$^|a",
     r"$\n",
@@ -215,9 +216,13 @@ def test_states_that_accept_the_same_are_one() -> None:
 
 
 def test_what_cannot_be_spelled_is_no_state() -> None:
-    automaton = Automaton.from_regex(r"ab|ac|xyz", ["a", "b", "x", "y", "xx"])
+    automaton = Automaton.from_regex(r"ab|ac|xyz1*", ["a", "b", "x", "y", "xx", "1"])
     assert allowed_words(automaton, 3) == {(0, 1)}
     assert len(automaton.indptr) - 1 == 3 and len(automaton.tokens) == 2
+
+
+def test_surrogates_are_characters_of_str() -> None:
+    assert words_of(".", ["a", "\ud800", "a\udfff"], 2) == {(0,), (1,)}
 
 
 def test_many_states_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
