@@ -128,8 +128,8 @@ class _Bound(Bound):
         tokens = source.tokens.clamp(min=0).long()
         bitmask = mark_bits(row, tokens, places, places.shape[0], self.context.vocab_size)
         ends = state.at[:, 0].any(1) | (state.lengths == 0)
-        bitmask |= self.eos_bits * ends[:, None]
-        return bitmask.masked_fill_(source.free[:, None], -1)
+        bitmask |= self.eos_bits & ends.int().neg()[:, None]
+        return bitmask.bitwise_or_(source.free.int().neg()[:, None])
 
     def _of_rows(self, state: _State) -> _Sources:
         return _Sources(*(self.context.of_rows(field, state.lengths.shape[0]) for field in self.sources))
