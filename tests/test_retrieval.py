@@ -203,3 +203,22 @@ def test_weights_are_small_and_need_no_pickle() -> None:
 
 def test_table_of_the_page_is_that_of_the_numbers(results: dict[str, Any]) -> None:
     assert f"<!-- results -->\n{show(results)}\n<!-- end -->\n" in PAGE.read_text()
+
+
+def test_page_says_what_the_numbers_say(results: dict[str, Any]) -> None:
+    rows = {(row["search"], row["normalize"]): row for row in results["rows"]}
+    free, vocab, allowed = rows["no trie", "vocab"], rows["trie", "vocab"], rows["trie", "allowed"]
+    assert (results["items"], results["queries"]) == (100_000, 128)
+    assert vocab["legal"] == allowed["legal"] == 1.0
+    assert free["legal"] == pytest.approx(0.04, abs=0.005) and free["recall@64"] < 0.5
+    assert vocab["queries/s"] == pytest.approx(0.9 * free["queries/s"], rel=0.05)
+    assert vocab["recall@1"] > allowed["recall@1"] + 0.1
+    exact = rows["every item", "vocab"]
+    assert all(vocab[f"recall@{k}"] == exact[f"recall@{k}"] for k in (1, 10))
+    text = " ".join(PAGE.read_text().split())
+    for share in (allowed["of_best"], vocab["of_best"]):
+        assert f"{100 * share:.1f} % are found" in text or f"{100 * share:.1f} % of the best 64 are found" in text
+    assert f"recall@64 is {100 * vocab['recall@64']:.1f} % instead of {100 * exact['recall@64']:.1f} %" in text
+    for normalize, times in (("vocab", 500), ("allowed", 280)):
+        rate = rows["trie", normalize]["queries/s"] / rows["every item", normalize]["queries/s"]
+        assert rate == pytest.approx(times, rel=0.15) and str(times) in text

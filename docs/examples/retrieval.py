@@ -171,9 +171,9 @@ def main() -> None:
     (args.out / "retrieval.json").write_text(json.dumps(results, indent=1) + "\n")
     text = show(results)
     if (page := args.out.parent / "retrieval.md").exists():
-        mark, end = "<!-- results -->\n", "\n<!-- end -->"
-        before, after = page.read_text().split(mark)
-        page.write_text(before + mark + text + end + after.split(end, 1)[1])
+        before, mark, rest = page.read_text().partition("<!-- results -->\n")
+        _, end, after = rest.partition("<!-- end -->")
+        page.write_text(f"{before}{mark}{text}\n{end}{after}")
     print(text)
 
 
