@@ -41,15 +41,15 @@ def allowed_edges(
     count = (indptr[state + 1] - first).long().masked_fill_(states < 0, 0)
     last = count.cumsum(0)
     rows = torch.repeat_interleave(count)
-    edges = torch.arange(rows.shape[0], device=rows.device) + (first - last + count)[rows]
+    edges = torch.arange(rows.shape[0], device=rows.device) + (first - last + count).index_select(0, rows)
     if window is not None:
-        following = edges + 1 if targets is None else targets[edges]
+        following = edges + 1 if targets is None else targets.index_select(0, edges)
         meets = rows.new_zeros(rows.shape, dtype=torch.int32)
         for length in range(reach.shape[1]):
-            meets |= reach[:, length][following] & window[:, length][rows]
+            meets |= reach[:, length].index_select(0, following) & window[:, length].index_select(0, rows)
         kept = meets.nonzero()[:, 0]
         if kept.shape != rows.shape:
-            rows, edges = rows[kept], edges[kept]
+            rows, edges = rows.index_select(0, kept), edges.index_select(0, kept)
     return rows, edges
 
 
@@ -87,7 +87,7 @@ def _listed_bitmask(
 ) -> Tensor:
     """The torch definition."""
     rows, edges = allowed_edges(indptr, targets, reach, states, window)
-    listed = tokens[edges].long()
+    listed = tokens.index_select(0, edges).long()
     return mark_bits(rows, listed, torch.ones_like(listed), states.shape[0], vocab_size)
 
 

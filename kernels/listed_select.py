@@ -29,7 +29,7 @@ def _select_listed(
     batch, parents = log_probs.shape
     expanded = (log_probs.view(-1) > -torch.inf) & lse.isfinite()
     rows, edges = allowed_edges(indptr, targets, reach, states.masked_fill(~expanded, -1), window)
-    listed = tokens[edges].long()
+    listed = tokens.index_select(0, edges).long()
     if bitmask is not None:
         kept = bits_at(bitmask, rows, listed).nonzero()[:, 0]
         rows, listed = rows[kept], listed[kept]

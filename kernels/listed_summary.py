@@ -52,10 +52,10 @@ def _merge(values: Tensor, keys: Tensor) -> Tensor:
     for level in range(TILE.bit_length() - 1):
         right = ((apart >> level) == 1).nonzero()[:, 0] + 1
         if right.shape[0] > 0:
-            into, end = left[right], last[right]
-            values[into] += values[right]
-            last[into] = end
-            left[end + 1] = into
+            into, end = left.index_select(0, right), last.index_select(0, right)
+            values.index_add_(0, into, values.index_select(0, right))  # distinct, so each is one addition
+            last.index_copy_(0, into, end)
+            left.index_copy_(0, end + 1, into)
     return first
 
 
@@ -82,7 +82,7 @@ def _summarize_listed(
         may_end = None if may_end is None else may_end & active
     span = tiles * TILE
     rows, edges = allowed_edges(indptr, targets, reach, states, window)
-    listed = tokens[edges].long()
+    listed = tokens.index_select(0, edges).long()
     keys = rows * span + place(listed)
     if ends is not None and may_end is not None:
         known = ends[(ends >= 0) & (ends < vocab_size)].unique()
@@ -99,8 +99,8 @@ def _summarize_listed(
     # the same operations as the pass on a workspace of the same kind: see kernels/exponential.py
     work = x.new_empty(evenly_split(x.shape[0]))
     found = work[: x.shape[0]]
-    torch.sub(x, ref[tile].clamp_(-MOST, MOST), out=found)
-    found.mul_(LOG2E if temperature is None else (LOG2E / temperature)[rows])
+    torch.sub(x, ref.index_select(0, tile).clamp_(-MOST, MOST), out=found)
+    found.mul_(LOG2E if temperature is None else (LOG2E / temperature).index_select(0, rows))
     work.exp2_()
     first = _merge(found, keys).nonzero()[:, 0]
     flat = tile_sum.zero_().view(-1)
