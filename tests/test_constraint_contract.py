@@ -67,7 +67,8 @@ class TestEverythingLegalAndNothingElse:
     @pytest.mark.parametrize("kind", KINDS)
     def test_each_constraint(self, kind, setting):
         unconstrained = kind != "penalty" and setting.vocab**setting.max_length < 400
-        for seed, (regime, normalize, temperature) in enumerate(self.MODES):
+        first = self.SETTINGS.index(setting) % 2
+        for seed, (regime, normalize, temperature) in list(enumerate(self.MODES))[first::2]:
             rng = np.random.default_rng([seed, setting.vocab, setting.max_length, len(setting.eos)])
             many = 1 if kind == "penalty" else 3
             cases = [KINDS[kind](rng, setting) for _ in range(many)]
