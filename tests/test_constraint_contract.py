@@ -27,6 +27,7 @@ from constraint_oracles import (
     Contains,
     ContainsNone,
     Copied,
+    Items,
     Matches,
     NoLongSpan,
     NoNgramTwice,
@@ -298,6 +299,19 @@ class TestTrie:
         hyps, _ = self.run([[0], [1, 2], [3, 3, 3], [4]], setting, beams=1)
         assert listed(hyps)[0][0] in [(1, 2, 5), (3, 3, 3, 5)]
         assert len(self.run([[0], [1, 2], [3, 3, 3], [4]], setting)[0].valid[0].nonzero()) == 2
+
+    @REGIMES
+    @pytest.mark.parametrize(("eos", "low"), [((), 0), ((3,), 0), ((3, 2), 37)])
+    def test_items_of_more_tokens_than_a_word_of_the_table_has_bits(self, eos, low, regime):
+        for longest in (33, 50, 70):
+            rng, setting = np.random.default_rng(longest), Setting(4, longest, eos, low)
+            items = [rng.integers(0, 2, rng.integers(1, longest + 8)).tolist() for _ in range(25)]
+            items += [rng.integers(0, 2, longest).tolist() for _ in range(5)]
+            legal = {tuple(i) for i in items if len(i) == longest or (eos and low - 1 <= len(i) < longest)}
+            hyps, _ = self.run(items, setting, beams=60, finished=regime, stopping=fb.Exhausted())
+            assert {setting.body(tokens) for tokens, _ in listed(hyps)} == legal
+            hyps, _ = self.run(items, setting, beams=1, finished=regime)
+            assert assert_legal(hyps, 0, Items(items), setting) == 1
 
     def test_duplicates_count_once(self):
         items = [[1, 2], [1, 2], [3], [1, 2], [3]]
