@@ -301,13 +301,14 @@ class TestTrie:
         assert len(self.run([[0], [1, 2], [3, 3, 3], [4]], setting)[0].valid[0].nonzero()) == 2
 
     @REGIMES
-    @pytest.mark.parametrize(("eos", "low"), [((), 0), ((3,), 0), ((3, 2), 37)])
+    @pytest.mark.parametrize(("eos", "low"), [((), False), ((3,), False), ((3, 2), True)])
     def test_items_of_more_tokens_than_a_word_of_the_table_has_bits(self, eos, low, regime):
-        for longest in (33, 50, 70):
-            rng, setting = np.random.default_rng(longest), Setting(4, longest, eos, low)
+        for longest in (33, 70):
+            rng, setting = np.random.default_rng(longest), Setting(4, longest, eos, low and longest - 12)
             items = [rng.integers(0, 2, rng.integers(1, longest + 8)).tolist() for _ in range(25)]
             items += [rng.integers(0, 2, longest).tolist() for _ in range(5)]
-            legal = {tuple(i) for i in items if len(i) == longest or (eos and low - 1 <= len(i) < longest)}
+            short = range(max(0, setting.min_length - 1), longest if eos else 0)
+            legal = {tuple(item) for item in items if len(item) == longest or len(item) in short}
             hyps, _ = self.run(items, setting, beams=60, finished=regime, stopping=fb.Exhausted())
             assert {setting.body(tokens) for tokens, _ in listed(hyps)} == legal
             hyps, _ = self.run(items, setting, beams=1, finished=regime)
