@@ -304,7 +304,7 @@ class TestTrie:
     @pytest.mark.parametrize(("eos", "low"), [((), False), ((3,), False), ((3, 2), True)])
     def test_items_of_more_tokens_than_a_word_of_the_table_has_bits(self, eos, low, regime):
         for longest in (33, 70):
-            rng, setting = np.random.default_rng(longest), Setting(4, longest, eos, low and longest - 12)
+            rng, setting = np.random.default_rng(longest), Setting(4, longest, eos, (longest - 12) * low)
             items = [rng.integers(0, 2, rng.integers(1, longest + 8)).tolist() for _ in range(25)]
             items += [rng.integers(0, 2, longest).tolist() for _ in range(5)]
             short = range(max(0, setting.min_length - 1), longest if eos else 0)
