@@ -396,24 +396,46 @@ class TestTrie:
 
     @pytest.mark.parametrize("normalize", ["vocab", "allowed"])
     def test_lists_and_bitmasks_are_bitwise_equal(self, normalize):
-        # AllOf with an own constraint of no ban, and another rule of one request, make it a mask; alone a list
-        setting = Setting(64, 4, (5,))
-        rng = np.random.default_rng(8)
-        items = [some_tokens(rng, setting, 1, 3, 9) for _ in range(30)]
-        trie = fb.Trie(items)
-        automaton_of_all = fb.Automaton([0, 63], [t for t in range(64) if t != 5], [0] * 63, [True])
-        outs = [
-            search_with(TableLM(64, 2), each, setting, beam_size=12, normalize=normalize, temperature=0.7)[0]
-            for each in (
-                trie,
-                fb.AllOf(trie, AllowsAll()),
-                fb.AllOf(automaton_of_all, trie),
-                fb.AllOf(trie, fb.AllOf()),
-            )
+        # alone it may be a list; beside a request without a constraint it must be a mask; so may it beside others
+        setting = Setting(301, 3, (5,))
+        for seed in range(4):
+            rng = np.random.default_rng([seed, 8])
+            trie = fb.Trie([some_tokens(rng, setting, 1, 3, 70) for _ in range(150)])
+            options = {"beam_size": 12, "normalize": normalize, "temperature": 0.7}
+            model = TableLM(301, seed, scale=[0.3, 2.0][seed % 2])
+            alone, _ = search_with(model, trie, setting, **options)
+            for other in (fb.AllOf(trie, AllowsAll()), fb.AllOf(AllowsAll(), trie), fb.AllOf(trie, fb.AllOf())):
+                assert_same_bits(search_with(model, other, setting, **options)[0], alone, 0, 0)
+            beside, _ = search_with(model, [None, trie], setting, [1, 0], **options)
+            assert_same_bits(beside, alone, 1, 0)
+
+    @pytest.mark.parametrize("normalize", ["vocab", "allowed"])
+    def test_what_else_bars_tokens_of_a_list(self, normalize):
+        setting = Setting(40, 3, (5,), 2)
+        rng = np.random.default_rng(3)
+        items = [some_tokens(rng, setting, 1, 3, 9) for _ in range(40)]
+        bans = [
+            (ContainsNone([[1], [2, 3]]), fb.ForbiddenPhrases([[1], [2, 3]])),
+            (NoNgramTwice(1), fb.NoRepeatNgram(1)),
+            (NoLongSpan([[1, 2, 3, 4, 6]], 1), fb.SuffixVeto([1, 2, 3, 4, 6], 1)),
         ]
-        for other in outs[1:]:
-            for name in ("tokens", "lengths", "scores", "log_probs", "valid"):
-                assert torch.equal(getattr(outs[0], name), getattr(other, name)), name
+        for barred in bans:
+            rule, made = Branches(items), fb.Trie(items)
+            cases = [(Together([rule, barred[0]]), fb.AllOf(made, barred[1]))]
+            cases += [(Together([rule, barred[0]]), fb.AllOf(barred[1], made)), (rule, made)]
+            for regime in ("pool", "in_place"):
+                assert_enumerates(cases, setting, 1, normalize=normalize, finished=regime)
+
+
+class Branches(Items):
+    """Items, whose look-ahead compares beginnings, for vocabularies too large to enumerate."""
+
+    def may(self, prefix, token, setting):
+        if token in setting.eos:
+            return list(prefix) in self.items and len(prefix) + 1 >= setting.min_length
+        low, high = max(setting.min_length - 1, 0) if setting.eos else setting.max_length, setting.max_length
+        begun = [*prefix, token]
+        return any(item[: len(begun)] == begun and low <= len(item) <= high for item in self.items)
 
 
 class AllowsAll:
@@ -600,7 +622,7 @@ class TestNgrams:
     @pytest.mark.parametrize("n", [1, 2, 3])
     def test_the_prompt_counts(self, n):
         setting = Setting(5, 4, (4,))
-        prompts = [[0, 1, 0, 1, 2], [3], [2, 2, 2, 2, 2, 2, 1]]
+        prompts = [[0, 1, 0, 1, 2], [3], [2, 2, 2, 2, 2, 2, 1], [4, 1, 4, 1]]  # and an EOS that is never barred
         cases = [(NoNgramTwice(n, tuple(p)), fb.NoRepeatNgram(n, prompt=p)) for p in prompts]
         assert_enumerates(cases, setting, 3)
 
@@ -849,6 +871,8 @@ class TestPhrases:
             ([[0, 1, 2], [1]], False, 3),
             ([[[0], [0, 1]], [1]], True, 2),  # the shorter alternative
             ([[[0, 1, 2], [1]], [[2, 1]]], False, 2),
+            ([[[0, 1, 2], [1]]], True, 1),  # the shorter one ends inside the longer one
+            ([[[0, 1, 2], [1]], [2]], True, 2),
             ([[0, 1], [2, 0]], True, 4),  # 0 1 9 2 0 goes on after a mismatch
         ],
     )
