@@ -100,6 +100,23 @@ class TestTogether:
         hyps, _ = search_with(model, both, setting, beam_size=want.widest, stopping=fb.Exhausted())
         assert sorted(t for t, _ in listed(hyps)) == sorted(want.log_probs)
 
+    @REGIMES
+    def test_two_phrases_constraints_are_banked_as_one(self, regime):
+        # as long as there is room for everything; the phrases share no token
+        model = TableLM(8, 2)
+        both = fb.AllOf(fb.Phrases([[1, 2]]), fb.Phrases([[3], [4, 5]]))
+        runs = []
+        for made in (both, fb.Phrases([[1, 2], [3], [4, 5]])):
+            search = fb.BeamSearch(4, 12, 7, constraint=made, finished=regime, stopping=fb.Exhausted())
+            state, tokens, cache = search.init(3), torch.arange(3), None
+            for _ in range(6):
+                logits, cache = model(tokens, cache)
+                step = search.step(state, logits)
+                tokens, cache = step.tokens.flatten(), fb.reorder(cache, step.source_rows)
+                runs.append(step)
+        for one, other in zip(runs[:6], runs[6:], strict=True):
+            assert torch.equal(one.tokens, other.tokens) and torch.equal(one.parents, other.parents)
+
 
 class TestFewBeams:
     @REGIMES
@@ -336,7 +353,42 @@ class Permutations(Rule):
         return len(set(tokens)) == len(tokens)
 
 
+class SumsTo:
+    """What ends at ``max_length`` has a sum that ``divisor`` divides. EOS may follow at any time."""
+
+    def __init__(self, divisor):
+        self.divisor = divisor
+
+    def init(self, batch_size, beam_size, vocab_size, device):
+        return torch.zeros(batch_size * beam_size, dtype=torch.int64, device=device)
+
+    def bitmask(self, state):
+        return torch.full((state.shape[0], 1), -1, dtype=torch.int32, device=state.device)
+
+    def accepts(self, state):
+        return state % self.divisor == 0
+
+    def advance(self, state, tokens):
+        return state + tokens
+
+
+class Divides(Rule):
+    looks_ahead = False
+
+    def __init__(self, divisor):
+        self.divisor = divisor
+
+    def legal(self, tokens, finished, setting):
+        return finished or len(tokens) < setting.max_length or sum(tokens) % self.divisor == 0
+
+
 class TestOwn:
+    @REGIMES
+    def test_at_max_length_all_must_accept(self, regime):
+        for setting in (Setting(5, 4, (4,)), Setting(4, 4, ())):
+            cases = [(Together([Divides(2), Divides(3)]), fb.AllOf(SumsTo(2), SumsTo(3))), (Divides(2), SumsTo(2))]
+            assert_enumerates(cases, setting, 1, finished=regime)
+
     @REGIMES
     @pytest.mark.parametrize("normalize", ["vocab", "allowed"])
     def test_tours_are_permutations(self, regime, normalize):
