@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .bitmask import mark_bits, words_of
+from .bitmask import set_bits, words_of
 from .checks import check_dtype, check_range, check_same_device, check_shape
 from .registration import register
 from .tiles import place
@@ -88,7 +88,7 @@ def _listed_bitmask(
     """The torch definition."""
     rows, edges = allowed_edges(indptr, targets, reach, states, window)
     listed = tokens.index_select(0, edges).long()
-    return mark_bits(rows, listed, torch.ones_like(listed), states.shape[0], vocab_size)
+    return set_bits(rows, listed, states.shape[0], words_of(vocab_size))
 
 
 def _fake_listed_bitmask(

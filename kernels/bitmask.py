@@ -3,7 +3,8 @@
     word[r, i] = sum over j in [0, 32) of allowed[r, 32 * i + j] * 2**j        int32, bit 1 = allowed
 
 Bits past the vocabulary are written as 0 and never read. One program packs, unpacks or applies one block of one row.
-Packing and unpacking move ``V + V / 8`` bytes a row; applying reads ``V / 8`` bytes and writes only disallowed logits.
+Packing and unpacking move ``V + V / 8`` bytes a row; marking writes ``V / 8``; applying reads ``V / 8`` bytes and
+writes only disallowed logits.
 """
 
 import functools
@@ -43,16 +44,23 @@ def tokens_of(words: Tensor) -> tuple[Tensor, Tensor]:
     return row[at], word[at] * WORD_BITS + bit
 
 
-def mark_bits(rows: Tensor, tokens: Tensor, marked: Tensor, size: int, vocab_size: int) -> Tensor:
-    """A bitmask int32 ``[size, ceil(vocab_size / 32)]`` of the pairs of ``rows`` and ``tokens`` that are ``marked``.
-
-    The three have one shape, and the pairs that are marked are distinct.
-    """
-    words = words_of(vocab_size)
-    bits = marked.int() << (tokens & 31).int()  # distinct, so their sum is their union and no partial sum overflows
+def set_bits(rows: Tensor, tokens: Tensor, size: int, words: int) -> Tensor:
+    """int32 ``[size, words]`` with the bits of distinct pairs ``[n]``; for torch definitions."""
+    bits = torch.ones_like(tokens) << (tokens & 31)
     flat = torch.zeros(size * words, dtype=torch.int32, device=tokens.device)
-    flat.scatter_add_(0, (rows * words + (tokens >> 5)).flatten(), bits.flatten())
+    # distinct, so their sum is their union
+    flat.scatter_add_(0, rows * words + (tokens >> 5), bits.int())
     return flat.view(size, words)
+
+
+def _mark(rows: Tensor, tokens: Tensor, marked: Tensor, size: int, vocab_size: int) -> Tensor:
+    """The torch definition. Few are marked, as a rule: the others are not worth their arithmetic."""
+    where = marked.nonzero(as_tuple=True)
+    return set_bits(rows[where], tokens[where].long(), size, words_of(vocab_size))
+
+
+def _mark_fake(rows: Tensor, tokens: Tensor, marked: Tensor, size: int, vocab_size: int) -> Tensor:
+    return tokens.new_empty((size, words_of(vocab_size)), dtype=torch.int32)
 
 
 def _pack(mask: Tensor) -> Tensor:
@@ -90,8 +98,41 @@ def _apply_fake(logits: Tensor, bitmask: Tensor) -> None:
 
 
 _pack_op = register("pack_bitmask(Tensor mask) -> Tensor", _pack, _pack_fake, "bitmask")
+_mark_op = register(
+    "mark_bits(Tensor rows, Tensor tokens, Tensor marked, SymInt size, SymInt vocab_size) -> Tensor",
+    _mark,
+    _mark_fake,
+    "bitmask",
+)
 _unpack_op = register("unpack_bitmask(Tensor bitmask, SymInt vocab_size) -> Tensor", _unpack, _unpack_fake, "bitmask")
 _apply_op = register("apply_bitmask_(Tensor(a!) logits, Tensor bitmask) -> ()", _apply, _apply_fake, "bitmask")
+
+
+def mark_bits(rows: Tensor, tokens: Tensor, marked: Tensor, size: int, vocab_size: int) -> Tensor:
+    """A bitmask of the pairs of ``rows`` and ``tokens`` that are ``marked``.
+
+    Args:
+        rows: int64, any shape and strides, below ``size``.
+        tokens: int64 or int32, the same shape, below ``vocab_size``.
+        marked: bool, the same shape. Pairs that are marked are distinct; those that are not may be anything.
+        size: rows of the bitmask.
+        vocab_size: number of tokens.
+
+    Returns:
+        ``[size, ceil(vocab_size / 32)]`` int32.
+
+    Raises:
+        ValueError: shapes or devices differ from the above.
+        TypeError: a dtype differs from the above.
+    """
+    check_dtype("rows", rows, torch.int64)
+    check_dtype("tokens", tokens, torch.int64, torch.int32)
+    check_dtype("marked", marked, torch.bool)
+    for name, field in (("tokens", tokens), ("marked", marked)):
+        if field.shape != rows.shape:
+            raise ValueError(f"{name}: expected the shape of rows, {list(rows.shape)}, got {list(field.shape)}")
+    check_same_device(rows=rows, tokens=tokens, marked=marked)
+    return _mark_op(rows, tokens, marked, size, vocab_size)
 
 
 def pack_bitmask(mask: Tensor) -> Tensor:

@@ -276,6 +276,17 @@ def _cases() -> list[Case]:
         history("launch_update_ancestry_out", "out", lambda: (*_ancestry(), _ancestry()[0])),
         bitmask("launch_pack_bitmask", "", lambda: (_new(ROWS, VOCAB, dtype=torch.bool),)),
         bitmask("launch_unpack_bitmask", "", lambda: (_bits(), VOCAB)),
+        bitmask(
+            "launch_mark_bits",
+            "",
+            lambda: (
+                _new(ROWS, LENGTH, dtype=_i64),
+                _new(ROWS, LENGTH, dtype=_i64),
+                _new(ROWS, LENGTH, dtype=torch.bool),
+                ROWS,
+                VOCAB,
+            ),
+        ),
         bitmask("launch_apply_bitmask_", "bf16", lambda: (_new(ROWS, VOCAB, dtype=_bf16), _bits())),
         pool("8 beams, exact", lambda: (*_advance(8, True), False, True, False)),
         pool("8 beams, by arrival", lambda: (*_advance(8, True), True, False, False), (90,)),

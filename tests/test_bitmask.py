@@ -5,8 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from flashbeam.kernels.bitmask import apply_bitmask_, bits_at, pack_bitmask, unpack_bitmask
-from flashbeam.kernels.triton.bitmask import launch_apply_bitmask_, launch_pack_bitmask, launch_unpack_bitmask
+from flashbeam.kernels.bitmask import apply_bitmask_, bits_at, mark_bits, pack_bitmask, unpack_bitmask
+from flashbeam.kernels.triton.bitmask import (
+    launch_apply_bitmask_,
+    launch_mark_bits,
+    launch_pack_bitmask,
+    launch_unpack_bitmask,
+)
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
 
@@ -34,6 +39,39 @@ def test_matches_reference(shape, device):
     assert torch.equal(launch_pack_bitmask(mask).cpu(), bits)
     assert torch.equal(launch_unpack_bitmask(bits.to(device), shape[-1]), mask)
     assert torch.equal(unpack_bitmask(bits, shape[-1]), mask.cpu())
+
+
+# more pairs than a program takes, expanded rows, one pair, none marked, no pair, no row
+@pytest.mark.parametrize(
+    ("rows", "count", "vocab", "share"),
+    [
+        (3, 700, 1000, 0.5),
+        (2, 64, 64, 1.0),
+        (1, 1, 32, 1.0),
+        (4, 40, 70, 0.0),
+        (2, 0, 70, 0.5),
+        (0, 5, 70, 0.5),
+    ],
+)
+def test_marks_the_pairs_that_are_marked(rows, count, vocab, share, device):
+    tokens = torch.stack(
+        [torch.randperm(vocab)[:count] for _ in range(rows)] or [torch.zeros(count, dtype=torch.int64)]
+    )
+    tokens = tokens[:rows]
+    row = torch.arange(rows)[:, None].expand_as(tokens)
+    marked = torch.rand(tokens.shape) < share
+    allowed = torch.zeros(rows, vocab, dtype=torch.bool)
+    allowed[row[marked], tokens[marked]] = True
+    expected = torch.tensor([bits_by_hand(line) for line in allowed.tolist()], dtype=torch.int32)
+    expected = expected.view(rows, -(-vocab // 32))
+    assert torch.equal(mark_bits(row, tokens, marked, rows, vocab), expected)
+    found = launch_mark_bits(row.to(device), tokens.to(device), marked.to(device), rows, vocab)
+    assert torch.equal(found.cpu(), expected)
+    # what is not marked may be out of range
+    tokens = tokens.int().masked_fill(~marked, -1)
+    assert torch.equal(mark_bits(row, tokens, marked, rows, vocab), expected)
+    found = launch_mark_bits(row.to(device), tokens.to(device), marked.to(device), rows, vocab)
+    assert torch.equal(found.cpu(), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -156,6 +194,8 @@ def test_opcheck(dtype, device):
         torch.library.opcheck(ops.pack_bitmask, (mask.t(),))
         torch.library.opcheck(ops.unpack_bitmask, (bits, 70))
         torch.library.opcheck(ops.unpack_bitmask, (bits, 96))
+        pairs = torch.arange(12, device=device).view(3, 4)
+        torch.library.opcheck(ops.mark_bits, (pairs // 4, pairs * 5, pairs % 2 == 0, 3, 70))
 
 
 def test_compiles_without_graph_break(device):
@@ -239,6 +279,16 @@ def ints(*shape):
             lambda: apply_bitmask_(torch.zeros(2, 33), ints(2, 2).to("meta")),
             ValueError,
             "bitmask: expected all tensors on one device, got logits on cpu, bitmask on meta",
+        ),
+        (
+            lambda: mark_bits(torch.zeros(2, dtype=torch.int64), torch.ones(2), torch.ones(2, dtype=torch.bool), 1, 9),
+            TypeError,
+            "tokens: expected int64 or int32, got float32",
+        ),
+        (
+            lambda: mark_bits(*torch.zeros(2, 2, dtype=torch.int64), torch.ones(3, dtype=torch.bool), 1, 9),
+            ValueError,
+            "marked: expected the shape of rows, [2], got [3]",
         ),
     ],
 )

@@ -75,8 +75,8 @@ class _Bound(Bound):
 
     def advance(self, state: _State, tokens: Tensor) -> _State:
         said, alike = state
-        alike = (alike + 1) * (said.tokens == tokens[:, None].int())
-        return _State(said.then(tokens), torch.nn.functional.pad(alike[:, :-1], (1, 0)))
+        alike = (alike[:, :-1] + 1).mul_(said.tokens[:, :-1] == tokens[:, None].int())
+        return _State(said.then(tokens), torch.nn.functional.pad(alike, (1, 0)))
 
     def bitmask(self, state: _State) -> Tensor:
         said, alike = state.said.tokens, state.alike
@@ -86,7 +86,7 @@ class _Bound(Bound):
             barred &= self.context.of_rows(self.fresh, rows)
         # distinct: a token that follows the same n - 1 twice would be an n-gram said twice
         row = torch.arange(rows, device=said.device)[:, None].expand_as(said)
-        return mark_bits(row, said.clamp(min=0).long(), barred, rows, self.context.vocab_size).bitwise_not_()
+        return mark_bits(row, said, barred, rows, self.context.vocab_size).bitwise_not_()
 
 
 def _alike(prompt: Ints, n: int) -> Ints:

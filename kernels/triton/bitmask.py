@@ -1,4 +1,4 @@
-"""Triton: pack, unpack and apply token bitmasks."""
+"""Triton: pack, unpack, mark and apply token bitmasks."""
 
 import torch
 import triton
@@ -46,6 +46,25 @@ def _unpack_kernel(
 
 
 @triton.jit
+def _mark_kernel(
+    rows_ptr,  # *i64 [n]
+    tokens_ptr,  # *i64 or *i32 [n]
+    marked_ptr,  # *u8 [n], 0 or 1
+    bits_ptr,  # *i32 [R, W], zero
+    n,
+    W,
+    BLOCK: tl.constexpr,
+):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    marked = tl.load(marked_ptr + at, mask=at < n, other=0) != 0
+    row = tl.load(rows_ptr + at, mask=marked, other=0)
+    token = tl.load(tokens_ptr + at, mask=marked, other=0)
+    bit = tl.full([BLOCK], 1, tl.int32) << (token % 32).to(tl.int32)
+    # a union has no order: the only atomics of this package, and on integers
+    tl.atomic_or(bits_ptr + row * W + token // 32, bit, mask=marked, sem="relaxed")
+
+
+@triton.jit
 def _apply_kernel(
     logits_ptr,  # *T [B, K, V]
     bits_ptr,  # *i32 [B, K, W]
@@ -78,6 +97,17 @@ def launch_pack_bitmask(mask: Tensor) -> Tensor:
         rows = mask.view(torch.uint8).reshape(-1, vocab_size)
         grid = (rows.shape[0], triton.cdiv(vocab_size, _BLOCK))
         _pack_kernel[grid](rows, out, vocab_size, words, *rows.stride(), BLOCK=_BLOCK)
+    return out
+
+
+def launch_mark_bits(rows: Tensor, tokens: Tensor, marked: Tensor, size: int, vocab_size: int) -> Tensor:
+    words = triton.cdiv(vocab_size, 32)
+    out = torch.zeros((size, words), dtype=torch.int32, device=tokens.device)
+    n = marked.numel()
+    if n > 0 and out.numel() > 0:
+        rows, tokens, marked = rows.contiguous(), tokens.contiguous(), marked.contiguous()
+        grid = (triton.cdiv(n, _BLOCK // 8),)
+        _mark_kernel[grid](rows, tokens, marked.view(torch.uint8), out, n, words, BLOCK=_BLOCK // 8)
     return out
 
 
