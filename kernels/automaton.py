@@ -53,6 +53,16 @@ def allowed_edges(
     return rows, edges
 
 
+def logits_at(logits: Tensor, rows: Tensor, tokens: Tensor) -> Tensor:
+    """``logits[rows, tokens]`` of rows of unit stride, ``[M]``, in half the time. For torch definitions only."""
+    count, columns = logits.shape
+    if count == 0:
+        return logits.new_empty(rows.shape)
+    step = logits.stride(0)
+    flat = logits.as_strided(((count - 1) * step + columns,), (1,))
+    return flat.index_select(0, rows * step + tokens)
+
+
 def _follow(indptr: Tensor, tokens: Tensor, targets: Tensor | None, states: Tensor, taken: Tensor) -> Tensor:
     """The torch definition."""
     alive = (states >= 0) & (taken >= 0)

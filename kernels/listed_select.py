@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .automaton import allowed_edges
+from .automaton import allowed_edges, logits_at
 from .bitmask import bits_at
 from .registration import register
 from .select import RowFormulas, best_elements
@@ -39,12 +39,12 @@ def _select_listed(
     step = torch.arange(0, batch * width, width, device=rows.device) - count.cumsum(0) + count
     position = torch.arange(rows.shape[0], device=rows.device) + step.repeat_interleave(count)
     x = logits.new_full((batch, width), -torch.inf)
-    x.view(-1)[position] = logits[rows, listed]
+    x.view(-1).scatter_(0, position, logits_at(logits, rows, listed))
     parent = rows.new_zeros(batch, width)
-    parent.view(-1)[position] = torch.arange(parents, device=rows.device).repeat(batch)[rows]
+    parent.view(-1).scatter_(0, position, rows % parents)
     # a place without an edge has a token of its own all the same: keys must be distinct
     token = (vocab_size + torch.arange(width, device=rows.device)).repeat(batch, 1)
-    token.view(-1)[position] = listed
+    token.view(-1).scatter_(0, position, listed)
     x.masked_fill_(x != x, -torch.inf)  # NaN counts as -inf
     formulas = RowFormulas(log_probs, lse, temperature, divisor)
     return best_elements(formulas, x[:, :, None], parent, token[:, :, None], k)

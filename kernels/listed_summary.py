@@ -7,7 +7,7 @@ bit, so merging the listed tokens along the tree gives the sum itself. See docs/
 import torch
 from torch import Tensor
 
-from .automaton import allowed_edges
+from .automaton import allowed_edges, logits_at
 from .bitmask import bits_at
 from .exponential import LOG2E, evenly_split
 from .registration import register
@@ -49,8 +49,9 @@ def _merge(values: Tensor, keys: Tensor) -> Tensor:
     first = torch.cat([apart.new_ones(min(size, 1), dtype=torch.bool), apart >= TILE])
     left = torch.arange(-1, size, device=keys.device)  # the first value of the segment that ends before a value
     last = torch.arange(size, device=keys.device)  # the last value of the segment that begins with a value
+    meets = torch.frexp(apart.clamp(max=TILE).float()).exponent.to(torch.int8)  # level + 1: small numbers are compared
     for level in range(TILE.bit_length() - 1):
-        right = ((apart >> level) == 1).nonzero()[:, 0] + 1
+        right = (meets == level + 1).nonzero()[:, 0] + 1
         if right.shape[0] > 0:
             into, end = left.index_select(0, right), last.index_select(0, right)
             values.index_add_(0, into, values.index_select(0, right))  # distinct, so each is one addition
@@ -84,14 +85,14 @@ def _summarize_listed(
     rows, edges = allowed_edges(indptr, targets, reach, states, window)
     listed = tokens.index_select(0, edges).long()
     keys = rows * span + place(listed)
-    if ends is not None and may_end is not None:
+    if ends is not None and may_end is not None and bool(may_end.any()):
         known = ends[(ends >= 0) & (ends < vocab_size)].unique()
         rows, listed, keys = _with_ends(rows, listed, keys, known, may_end, span)
     if bitmask is not None:
         kept = bits_at(bitmask, rows, listed).nonzero()[:, 0]
         rows, listed, keys = rows[kept], listed[kept], keys[kept]
     tile = keys >> (TILE.bit_length() - 1)
-    x = logits[rows, listed].float()
+    x = logits_at(logits, rows, listed).float()
     nan = x.isnan()
     x.masked_fill_(nan, -torch.inf)
     ref = tile_sum.new_full((tile_sum.numel(),), -torch.inf).scatter_reduce_(0, tile, x, "amax")
@@ -105,8 +106,9 @@ def _summarize_listed(
     first = _merge(found, keys).nonzero()[:, 0]
     flat = tile_sum.zero_().view(-1)
     flat[tile[first]] = found[first]
-    spoilt = tile[nan]
-    flat[spoilt] = -flat[spoilt].clamp(min=1.0)
+    if bool(nan.any()):
+        spoilt = tile[nan]
+        flat[spoilt] = -flat[spoilt].clamp(min=1.0)
     return tile_ref, tile_sum
 
 

@@ -42,12 +42,22 @@ def new_tiles(logits: Tensor, vocab_size: int, mass: bool) -> Tiles:
     )
 
 
+def _moves() -> Tensor:
+    """int64 ``[2048]``: how far the tree's order moves each token of a tile."""
+    inside = torch.arange(TILE)
+    row, column = inside // GROUPS, inside % GROUPS
+    reversed_row = sum(((row >> bit) & 1) << (4 - bit) for bit in range(5))
+    return column * GROUP_SIZE + reversed_row - inside
+
+
+# looked up, where bits would have to be put together
+_MOVES = {dtype: _moves().to(dtype) for dtype in (torch.int32, torch.int64)}
+
+
 def place(tokens: Tensor) -> Tensor:
-    """Where the tree of sums has ``tokens``, any integer dtype, none negative: its order of a state's edges.
+    """Where the tree of sums has ``tokens``, int32 or int64, none negative: its order of a state's edges.
 
     ``(token // 2048) * 2048 + (token % 64) * 32 + r``, with ``r`` the five bits of ``(token % 2048) // 64`` reversed.
     """
-    inside = tokens & (TILE - 1)  # bits: integers are divided slowly
-    row = inside >> 6
-    reversed_row = ((row & 1) << 4) | ((row & 2) << 2) | (row & 4) | ((row & 8) >> 2) | (row >> 4)
-    return tokens - inside + ((inside & (GROUPS - 1)) << 5) + reversed_row
+    inside = tokens & (TILE - 1)
+    return tokens + _MOVES[tokens.dtype].to(tokens.device).index_select(0, inside.flatten()).view_as(tokens)
