@@ -22,6 +22,7 @@ from .checks import (
 )
 from .listed_select import select_listed_op
 from .listed_summary import summarize_listed_op
+from .listed_top import top_listed_op
 from .lse import row_lse_op
 from .select import Candidates, check_parents, flatten_rows
 from .summary import summarize_op
@@ -143,9 +144,10 @@ def top_listed(
     log_probs, temperature, active = log_probs.detach().contiguous(), contiguous(temperature), contiguous(active)
     ends, may_end = contiguous(ends), contiguous(listed.may_end)
     if check_normalize(normalize):
-        tile_ref, tile_sum = summarize_listed_op(*edges, rows, vocab_size, bitmask, temperature, active, ends, may_end)
-    else:
-        _, _, tile_ref, tile_sum, _ = summarize_op(rows, vocab_size, None, temperature, active, None, False, False)
+        given = bitmask, temperature, active, ends, may_end, contiguous(divisor)
+        *found, lse, flags = top_listed_op(*edges, rows, log_probs, vocab_size, k, *given)
+        return Candidates(*found, lse, flags, found[0])
+    _, _, tile_ref, tile_sum, _ = summarize_op(rows, vocab_size, None, temperature, active, None, False, False)
     lse, flags = row_lse_op(tile_ref, tile_sum, temperature)
     best: tuple[Tensor, Tensor, Tensor, Tensor] = select_listed_op(
         *edges, rows, log_probs, lse, vocab_size, k, bitmask, temperature, contiguous(divisor)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .automaton import allowed_edges, logits_at
-from .bitmask import bits_at
+from .listed_summary import allowed_tokens
 from .registration import register
 from .select import RowFormulas, best_elements
 
@@ -26,22 +26,36 @@ def _select_listed(
     divisor: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The torch definition."""
-    batch, parents = log_probs.shape
     expanded = (log_probs.view(-1) > -torch.inf) & lse.isfinite()
     rows, edges = allowed_edges(indptr, targets, reach, states.masked_fill(~expanded, -1), window)
-    listed = tokens.index_select(0, edges).long()
-    if bitmask is not None:
-        kept = bits_at(bitmask, rows, listed).nonzero()[:, 0]
-        rows, listed = rows[kept], listed[kept]
+    rows, listed = allowed_tokens(rows, tokens.index_select(0, edges).long(), bitmask)
+    x = logits_at(logits, rows, listed)
+    return choose_listed(rows, listed, x, log_probs, lse, vocab_size, k, temperature, divisor)
+
+
+def choose_listed(
+    rows: Tensor,
+    listed: Tensor,
+    logits: Tensor,
+    log_probs: Tensor,
+    lse: Tensor,
+    vocab_size: int,
+    k: int,
+    temperature: Tensor | None,
+    divisor: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The ``k`` best of listed tokens and their logits ``[M]``, of ascending rows."""
+    batch, parents = log_probs.shape
     # one line a request: the edges of all its parents, one after the other
     count = torch.bincount(rows, minlength=batch * parents).view(batch, parents).sum(1)
     width = max(1, int(count.amax())) if batch else 1
     step = torch.arange(0, batch * width, width, device=rows.device) - count.cumsum(0) + count
     position = torch.arange(rows.shape[0], device=rows.device) + step.repeat_interleave(count)
     x = logits.new_full((batch, width), -torch.inf)
-    x.view(-1).scatter_(0, position, logits_at(logits, rows, listed))
+    x.view(-1).scatter_(0, position, logits)
     parent = rows.new_zeros(batch, width)
-    parent.view(-1).scatter_(0, position, rows % parents)
+    own = torch.arange(parents, device=rows.device).repeat(batch)  # of each row; division is slow
+    parent.view(-1).scatter_(0, position, own.index_select(0, rows))
     # a place without an edge has a token of its own all the same: keys must be distinct
     token = (vocab_size + torch.arange(width, device=rows.device)).repeat(batch, 1)
     token.view(-1).scatter_(0, position, listed)

@@ -76,25 +76,49 @@ def _summarize_listed(
     may_end: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """The torch definition."""
-    tile_ref, tile_sum = _new_sums(logits, vocab_size)
-    tiles = tile_ref.shape[1]
     if active is not None:
         states = states.masked_fill(~active, -1)
         may_end = None if may_end is None else may_end & active
-    span = tiles * TILE
     rows, edges = allowed_edges(indptr, targets, reach, states, window)
-    listed = tokens.index_select(0, edges).long()
+    rows, listed = allowed_tokens(rows, tokens.index_select(0, edges).long(), bitmask)
+    x = logits_at(logits, rows, listed)
+    return sum_listed(rows, listed, x, logits, vocab_size, bitmask, temperature, ends, may_end)
+
+
+def allowed_tokens(rows: Tensor, listed: Tensor, bitmask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Of rows and tokens ``[M]`` those that the bitmask allows."""
+    if bitmask is None:
+        return rows, listed
+    kept = bits_at(bitmask, rows, listed).nonzero()[:, 0]
+    return rows.index_select(0, kept), listed.index_select(0, kept)
+
+
+def sum_listed(
+    rows: Tensor,
+    listed: Tensor,
+    x: Tensor,
+    logits: Tensor,
+    vocab_size: int,
+    bitmask: Tensor | None,
+    temperature: Tensor | None,
+    ends: Tensor | None,
+    may_end: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """``tile_ref`` and ``tile_sum`` over listed tokens and their logits ``x [M]``, and over the ends of rows."""
+    tile_ref, tile_sum = _new_sums(logits, vocab_size)
+    span = tile_ref.shape[1] * TILE
     keys = rows * span + place(listed)
+    x = x.float()
     if ends is not None and may_end is not None and bool(may_end.any()):
         known = ends[(ends >= 0) & (ends < vocab_size)].unique()
         rows, listed, keys = _with_ends(rows, listed, keys, known, may_end, span)
-    if bitmask is not None:
-        kept = bits_at(bitmask, rows, listed).nonzero()[:, 0]
-        rows, listed, keys = rows[kept], listed[kept], keys[kept]
+        if bitmask is not None:
+            kept = bits_at(bitmask, rows, listed).nonzero()[:, 0]
+            rows, listed, keys = rows[kept], listed[kept], keys[kept]
+        x = logits_at(logits, rows, listed).float()
     tile = keys >> (TILE.bit_length() - 1)
-    x = logits_at(logits, rows, listed).float()
     nan = x.isnan()
-    x.masked_fill_(nan, -torch.inf)
+    x = x.masked_fill(nan, -torch.inf)
     ref = tile_sum.new_full((tile_sum.numel(),), -torch.inf).scatter_reduce_(0, tile, x, "amax")
     tile_ref.copy_(ref.view(tile_ref.shape))
     # the same operations as the pass on a workspace of the same kind: see kernels/exponential.py

@@ -23,6 +23,7 @@ from flashbeam.kernels.lse import row_lse_op
 from flashbeam.kernels.tiles import TILE
 from flashbeam.kernels.triton.listed_select import launch_select_listed
 from flashbeam.kernels.triton.listed_summary import launch_summarize_listed
+from flashbeam.kernels.triton.listed_top import launch_top_listed
 from flashbeam.kernels.triton.summary import launch_summarize
 from test_summary import adversarial_rows, far_apart
 
@@ -109,6 +110,18 @@ def check_best(logits, log_probs, k, listed, device, *, kernel=True, **options):
         best = launch_select_listed(*(to(t, device) for t in (*tensors(listed), *given)))
         for field, wanted in zip(best, want[:4], strict=True):
             assert field.dtype == wanted.dtype and torch.equal(field.cpu(), wanted)
+        # its own log-sum-exps may differ from the definition's by ulps: what is chosen follows from them
+        names = ("bitmask", "temperature", "active")
+        given = (logits, log_probs, vocab_size, k, *(options.get(n) for n in names), ends, listed.may_end)
+        *found, lse, flags = launch_top_listed(
+            *(to(t, device) for t in (*tensors(listed), *given, options.get("divisor")))
+        )
+        assert torch.equal(flags.cpu(), want.flags)
+        torch.testing.assert_close(lse.cpu(), want.lse, rtol=1e-6, atol=1e-6)
+        given = (logits, log_probs, lse.cpu(), vocab_size, k, *(options.get(n) for n in names[:2]))
+        best = select_listed_op(*tensors(listed), *given, options.get("divisor"))
+        for field, wanted in zip(found, best, strict=True):
+            assert torch.equal(field.cpu(), wanted)
     return want
 
 
@@ -343,6 +356,8 @@ def test_opcheck(full, dtype, device):
         torch.library.opcheck(
             ops.select_listed, (*edges, logits, log_probs, lse, 2100, k, bitmask, temperature, divisor)
         )
+        rest = (bitmask, temperature, active, ends, may_end, divisor)
+        torch.library.opcheck(ops.top_listed, (*edges, logits, log_probs, 2100, k, *rest))
 
 
 @pytest.mark.parametrize("normalize", ["vocab", "allowed"])
