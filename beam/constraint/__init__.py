@@ -1,4 +1,13 @@
-"""What may be generated."""
+"""What may be generated.
+
+protocol, binding           what a constraint is asked; from settings, shared or per request, to what works in a batch
+automaton, trie             the settings; walk: at work; csr, reach, storage: their tables, made, checked and saved
+regex, characters, spelling an automaton from a pattern and a vocabulary
+phrases, forbidden          the settings; aho_corasick, phrase_automaton, phrase_tables, lookahead: their automata
+suffix_veto, suffix_array   no long span of a corpus
+grammar, matchers           other libraries' matchers, on the host
+copying, ngram, prefix, repetition    a file each; said and token_lists: what they share
+"""
 
 from .automaton import Automaton
 from .binding import AllOf, as_constraint, bind
