@@ -62,6 +62,20 @@ def as_bitmask(state: "State", bitmask: Tensor, rows: int, vocab_size: int, name
     return flat if flat.shape[0] == rows else flat.repeat_interleave(rows // batch, 0)
 
 
+def as_bools(state: "State", given: Tensor, rows: int, name: str, columns: int | None = None) -> Tensor:
+    """bool ``[rows]`` or ``[rows, columns]``, on the search's device."""
+    shape = [rows] if columns is None else [rows, columns]
+    if not isinstance(given, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(given).__name__}")
+    if given.dtype != torch.bool:
+        raise TypeError(f"{name}: expected bool, got {str(given.dtype).removeprefix('torch.')}")
+    if list(given.shape) != shape:
+        raise ValueError(f"{name}: expected shape {shape}, got {list(given.shape)}")
+    if given.device != state.device:
+        raise ValueError(f"{name}: expected a tensor on {state.device}, got one on {given.device}")
+    return given
+
+
 def as_request_ids(given: Tensor | Sequence[int] | None, batch_size: int, device: torch.device) -> Tensor:
     """int64 ``[B]`` on the device."""
     if given is None:

@@ -10,26 +10,47 @@ from torch import Tensor
 from flashbeam.kernels import FLAG_DEAD_END
 
 from .cache import leaves_of, rebuild
+from .checks import as_bools
 from .constraint import Bound
 from .state import State
 
 if TYPE_CHECKING:
     from .search import Step
 
+FAILED = "the constraint raised an error when its state was to follow the beams"
 
-def follow_beams(state: State, constraint: Bound, before: Any, step: Step) -> Step:
-    """Move the constraint's state, ``before`` of all slots, to the new beams; ``step`` less what it does not accept."""
+
+@torch.inference_mode(False)  # as in BeamSearch.init
+def begin(state: State, constraint: Bound, first: Any) -> None:
+    """Take the constraint and its ``first`` state of all slots into the search's."""
+    state.constraint, state.constraint_state = constraint, _written((), first)
+
+
+def follow_beams(state: State, constraint: Bound, step: Step, pad_id: int, per_request: int) -> Step:
+    """Move the constraint's state to the new beams; ``step`` less what it does not accept.
+
+    ``per_request`` rows of each request were given.
+    """
     first_slot = torch.arange(0, state.batch_size * state.beam_size, state.beam_size, device=state.device)
     rows = (step.parents + first_slot[:, None]).flatten()
     live = step.valid & ~state.slots.ended.view(step.valid.shape)
+    before, state.constraint_state = state.constraint_state, FAILED  # if it raises
     moved = constraint.move(before, rows, step.tokens.flatten(), live.flatten())
     accepted = constraint.accepts(moved)
-    if state.constraint is None:
-        with torch.inference_mode(False):  # as in BeamSearch.init
-            state.constraint, state.constraint_state = constraint, _written((), moved)
-    else:
-        state.constraint_state = _written(before, moved)
-    return step if accepted is None else step._replace(valid=step.valid & ~_reject_unaccepted(state, accepted))
+    state.constraint_state = _written(before, moved)
+    if accepted is None:
+        return step
+    rejected = _reject_unaccepted(state, live, as_bools(state, accepted, live.numel(), "constraint's accepts"))
+    slot = torch.arange(state.beam_size, device=state.device).expand_as(rejected)
+    row = torch.arange(0, state.batch_size * per_request, per_request, device=state.device)[:, None]
+    return step._replace(
+        tokens=step.tokens.masked_fill(rejected, pad_id),
+        parents=torch.where(rejected, slot, step.parents),
+        source_rows=torch.where(
+            rejected.flatten(), (row + slot.clamp(max=per_request - 1)).flatten(), step.source_rows
+        ),
+        valid=step.valid & ~rejected,
+    )
 
 
 def _written(old: Any, new: Any) -> Any:
@@ -51,15 +72,17 @@ def _put(leaf: Any, place: Any) -> Any:
     return leaf.clone()
 
 
-def _reject_unaccepted(state: State, accepted: Tensor) -> Tensor:
+def _reject_unaccepted(state: State, live: Tensor, accepted: Tensor) -> Tensor:
     """What ends at ``max_length`` without EOS, and is not ``accepted [B * K]``, is no hypothesis.
+
+    Only what this step has made is judged: the slots that are ``live [B, K]``.
 
     Returns bool ``[B, K]``: the slots that were emptied. A request left with nothing is a dead end.
     """
     slots, requests = state.slots, state.requests
     at_end = (requests.steps == state.limits.max_length)[:, None]
     held = slots.log_probs > -torch.inf
-    rejected = at_end & held & ~slots.ended & ~accepted.view(held.shape)
+    rejected = at_end & held & live.view(held.shape) & ~accepted.view(held.shape)
     for field in (slots.log_probs, slots.scores, state.draws.sampling_log_probs):
         field.masked_fill_(rejected, -torch.inf)
     nothing = ~(held & ~rejected).any(1) & ~(state.pool.log_probs > -torch.inf).any(1)

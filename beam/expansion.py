@@ -10,8 +10,9 @@ from torch import Tensor
 
 from flashbeam.kernels import pack_bitmask
 
-from .checks import as_bitmask, as_rows
-from .constraint import Bound, Context, bind
+from .checks import as_bitmask, as_bools, as_rows
+from .constrained import FAILED
+from .constraint import Bound, Context, Proposed, bind
 from .selection import Expansion, Veto
 
 if TYPE_CHECKING:
@@ -36,6 +37,8 @@ def expand(search: BeamSearch, state: State, logits: Tensor, bitmask: Tensor | N
     mask = None if bitmask is None else as_bitmask(state, bitmask, rows.shape[0], vocab_size)
     first, given = state.vocab_size is None, rows.shape[0] // state.batch_size
     constraint, slots_state, without_eos = _begun(search, state, vocab_size)
+    if slots_state is FAILED:
+        raise ValueError(f"state: expected one whose steps have succeeded, got one in which {FAILED}")
     if first and state.groups > 1:  # every group starts from the request's one row
         rows = rows[::given].repeat_interleave(state.groups, 0)
         mask = None if mask is None else mask[::given].repeat_interleave(state.groups, 0)
@@ -59,7 +62,7 @@ def expand(search: BeamSearch, state: State, logits: Tensor, bitmask: Tensor | N
             ours = as_bitmask(state, ours, rows.shape[0], vocab_size, "constraint's bitmask")
             mask = ours if mask is None else ours & mask
         if constraint.considers is not None:
-            veto = Veto(partial(constraint.veto, now), constraint.considers)
+            veto = Veto(partial(_ask, state, constraint, now), constraint.considers)
 
     renormalizes = _renormalizes(search)
     allowed = mask if listed is not None else _without_banned_eos(state, without_eos, mask, rows.shape[0])
@@ -89,6 +92,12 @@ def expand(search: BeamSearch, state: State, logits: Tensor, bitmask: Tensor | N
     return Expanded(expansion, logits.shape[-1], constraint, slots_state, without_eos, given if first else None)
 
 
+def _ask(state: State, constraint: Bound, now: Any, proposed: Proposed) -> Tensor:
+    """The constraint's veto, checked."""
+    requests, count = proposed.tokens.shape
+    return as_bools(state, constraint.veto(now, proposed), requests, "constraint's veto", count)
+
+
 def _begun(search: BeamSearch, state: State, vocab_size: int) -> tuple[Bound | None, Any, Tensor | None]:
     """The constraint, its state and, where needed, the bitmask of every token but EOS: made at the first step."""
     if state.vocab_size is not None:
@@ -113,7 +122,12 @@ def _begun(search: BeamSearch, state: State, vocab_size: int) -> tuple[Bound | N
     if weighs and state.eos is not None and max(search.min_length.values) > 0:
         tokens = torch.arange(vocab_size, device=state.device)
         without_eos = pack_bitmask((tokens[:, None] != state.eos).all(1))
-    return constraint, None if constraint is None else constraint.init(), without_eos
+    if constraint is None:
+        return None, None, without_eos
+    slots_state = constraint.init()
+    if (accepted := constraint.accepts(slots_state)) is not None:  # what it returns is known before anything changes
+        as_bools(state, accepted, context.rows, "constraint's accepts")
+    return constraint, slots_state, without_eos
 
 
 def _renormalizes(search: BeamSearch) -> bool:

@@ -9,7 +9,7 @@ from torch import Tensor
 from flashbeam.kernels import Moves, advance_chosen_, advance_in_place_, advance_pool_
 
 from .arguments import PerRequest, positive_number, token_ids, whole_number
-from .constrained import follow_beams
+from .constrained import begin, follow_beams
 from .constraint import as_constraint
 from .expansion import expand
 from .hypotheses import Hypotheses, collect
@@ -164,7 +164,8 @@ class BeamSearch:
         """Consume the model's logits for the current beams and choose the next ones.
 
         Args:
-            state: changed in place; unchanged if an error is raised.
+            state: changed in place; unchanged if an error is raised. Only a constraint of the user's own may raise one
+                once beams have been chosen, in ``advance`` or ``accepts``: then the state is refused from there on.
             logits: ``[B * K, V]`` or ``[B, K, V]`` float32, float16 or bfloat16, unit stride over ``V``; on the first
                 call also ``[B, V]``. Not modified. Rows of slots that are not valid are not read.
             bitmask: int32, one row of ``ceil(V / 32)`` words per row of logits or per request: bit ``j % 32`` of word
@@ -179,9 +180,13 @@ class BeamSearch:
         found = expand(self, state, logits, bitmask)
         selected = self.selection.select(found.expansion, state.slots.log_probs.shape[1])
         # nothing can be refused from here on: what follows changes the state
+        if state.constraint is None and found.constraint is not None:
+            begin(state, found.constraint, found.constraint_state)
         state.vocab_size, state.without_eos = found.columns, found.without_eos
         step = self._step_of_groups(state, self._advance(state, found.expansion, selected), found.given)
-        return step if found.constraint is None else follow_beams(state, found.constraint, found.constraint_state, step)
+        per_request = state.beam_size if found.given is None else found.given
+        constraint = state.constraint
+        return step if constraint is None else follow_beams(state, constraint, step, self.pad_id, per_request)
 
     def _advance(self, state: State, expansion: Expansion, selected: Ranked | Decided) -> Moves:
         """Carry out what was selected."""

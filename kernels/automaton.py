@@ -16,6 +16,8 @@ from .checks import check_dtype, check_range, check_same_device, check_shape
 from .registration import register
 from .tiles import place
 
+_MANY = 1 << 16  # edges of all rows from which on it pays to see which rows are alike
+
 
 class Edges(NamedTuple):
     """A deterministic automaton over tokens, edges in rows of a compressed sparse matrix. Nothing is ever modified.
@@ -73,7 +75,7 @@ def _follow(indptr: Tensor, tokens: Tensor, targets: Tensor | None, states: Tens
     if edges == 0 or states.shape[0] == 0:
         return states.new_full(states.shape, -1)
     for _ in range(int((high - low).amax().clamp(min=0)).bit_length()):  # the first edge whose place is not before
-        middle = (low + high) >> 1
+        middle = low + ((high - low) >> 1)  # low + high may leave int32
         before = (place(tokens[middle.clamp(max=edges - 1)]) < wanted) & (low < high)
         low, high = torch.where(before, middle + 1, low), torch.where(before, high, middle)
     edge = low.clamp(max=edges - 1)
@@ -95,10 +97,17 @@ def _listed_bitmask(
     window: Tensor | None,
     vocab_size: int,
 ) -> Tensor:
-    """The torch definition."""
+    """The torch definition. Rows that are alike are taken once where they have many edges."""
+    state = states.clamp(min=0)
+    alike = None
+    if int((indptr[state + 1] - indptr[state]).sum(dtype=torch.int64)) > _MANY:
+        keys = states[:, None] if window is None else torch.cat([states[:, None], window], 1)
+        keys, alike = keys.unique(dim=0, return_inverse=True)
+        states, window = keys[:, 0], None if window is None else keys[:, 1:]
     rows, edges = allowed_edges(indptr, targets, reach, states, window)
     listed = tokens.index_select(0, edges).long()
-    return set_bits(rows, listed, states.shape[0], words_of(vocab_size))
+    bits = set_bits(rows, listed, states.shape[0], words_of(vocab_size))
+    return bits if alike is None else bits.index_select(0, alike)
 
 
 def _fake_listed_bitmask(

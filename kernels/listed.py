@@ -145,8 +145,8 @@ def top_listed(
     ends, may_end = contiguous(ends), contiguous(listed.may_end)
     if check_normalize(normalize):
         given = bitmask, temperature, active, ends, may_end, contiguous(divisor)
-        *found, lse, flags = top_listed_op(*edges, rows, log_probs, vocab_size, k, *given)
-        return Candidates(*found, lse, flags, found[0])
+        chosen, parents, tokens, adjusted, lse, flags = top_listed_op(*edges, rows, log_probs, vocab_size, k, *given)
+        return Candidates(chosen, parents, tokens, adjusted, lse, flags, chosen)
     _, _, tile_ref, tile_sum, _ = summarize_op(rows, vocab_size, None, temperature, active, None, False, False)
     lse, flags = row_lse_op(tile_ref, tile_sum, temperature)
     best: tuple[Tensor, Tensor, Tensor, Tensor] = select_listed_op(

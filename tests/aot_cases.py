@@ -224,6 +224,11 @@ def _select_listed(dtype: torch.dtype, k: int, options: bool = False) -> tuple[o
     )
 
 
+def _top_listed(dtype: torch.dtype, k: int) -> tuple[object, ...]:
+    logits, log_probs = _new(ROWS, VOCAB, dtype=dtype), _new(BATCH, BEAMS)
+    return (*_edges(False), *_rows_in(False), logits, log_probs, VOCAB, k, *[None] * 6)
+
+
 def _cases() -> list[Case]:
     summary = partial(Case, "summary", "launch_summarize")
     every_option = dict.fromkeys(("bitmask", "temperature", "active", "exclude", "mass"), True)
@@ -324,6 +329,7 @@ def _cases() -> list[Case]:
         listed_sums("bf16, tree", lambda: _summarize_listed(_bf16), (90,)),
         listed_sums("fp32, every option", lambda: _summarize_listed(_f32, True)),
         listed_best("bf16, k = 8, tree", lambda: _select_listed(_bf16, 8), (90,)),
+        Case("listed_top", "launch_top_listed", "bf16, k = 8, tree", lambda: _top_listed(_bf16, 8), (90,)),
         listed_best("fp32, k = 8, every option", lambda: _select_listed(_f32, 8, True)),
         listed_best("bf16, k = 256, every option", lambda: _select_listed(_bf16, 256, True), (90,)),
     ]

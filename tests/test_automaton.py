@@ -11,7 +11,7 @@ import flashbeam as fb
 from flashbeam.constraint import walk
 from flashbeam.constraint.automaton import Automaton
 from flashbeam.constraint.trie import Trie
-from flashbeam.kernels import place
+from flashbeam.kernels import listed_bitmask, place
 from oracles import TableLM, enumerate_leaves
 
 EOS, V = 2, 7
@@ -296,3 +296,25 @@ def test_contents_are_checked(name: str, array: np.ndarray, tmp_path: Path, monk
     with pytest.raises(ValueError, match=r"path: expected a folder written by fb.Automaton.save, got .*Error: ."):
         Automaton.load(tmp_path / "automaton")
     shutil.rmtree(tmp_path / "automaton")
+
+
+def test_wide_states_that_rows_share_are_taken_once():
+    # more edges than are expanded row by row, by state and by window
+    vocab = 9000
+    loop = Automaton(
+        [0, vocab - 1, 2 * vocab - 2], [*range(1, vocab)] * 2, [0] * (vocab - 1) + [1] * (vocab - 1), [True, False]
+    )
+    edges = loop.edges(torch.device("cpu"), 1)
+    states = torch.tensor([0, 1, 0, -1, 1, 0, 0, 0, 1, 0], dtype=torch.int32)
+    window = torch.tensor([[1], [1], [2], [1], [2], [0], [1], [1], [3], [2]], dtype=torch.int32)
+    for given in (None, window):
+        together = listed_bitmask(edges, states, given, vocab)
+        for row in range(10):
+            alone = listed_bitmask(edges, states[row : row + 1], None if given is None else given[row : row + 1], vocab)
+            assert torch.equal(together[row], alone[0])
+    assert loop.all_lead(0, 20, True) is False
+
+
+def test_where_every_length_can_be_accepted_no_window_is_asked_for():
+    loop = Automaton([0, 2], [3, 4], [0, 0], [True])
+    assert loop.all_lead(0, 100, True) and not Automaton([0, 1, 1], [3], [1], [False, True]).all_lead(0, 100, True)

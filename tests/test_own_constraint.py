@@ -340,3 +340,124 @@ def test_a_group_that_strands_is_no_dead_end_of_its_request():
     search.step(state, torch.zeros(2, 3))
     assert state.flags.tolist() == [0]
     assert search.finalize(state).valid.tolist() == [[True, False]]
+
+
+class TestWhoIsDone:
+    @pytest.mark.parametrize("regime", ["pool", "in_place"])
+    def test_is_not_judged_again(self, regime):
+        # the first request is over long before the second, and its state goes on with padding
+        class EndsInOne(EvenLength):
+            def accepts(self, state):
+                return state == 1
+
+            def advance(self, state, tokens):
+                return tokens
+
+        options = {"finished": regime, "length_penalty": 0, "stopping": fb.Exhausted()}
+        together = fb.BeamSearch(4, [2, 5], None, constraint=[EndsInOne(), None], **options)
+        alone = fb.BeamSearch(4, 2, None, constraint=EndsInOne(), **options)
+        model = TableLM(V, 0)
+        a, b = fb.decode(together, model, torch.tensor([0, 1])), fb.decode(alone, model, torch.tensor([0]))
+        assert b.valid.any() and torch.equal(a.valid[0], b.valid[0])
+        assert torch.equal(a.tokens[0, :, :2], b.tokens[0]) and torch.equal(a.scores[0], b.scores[0])
+
+    @pytest.mark.parametrize("rows", [1, 3])
+    def test_what_is_rejected_emits_padding_and_its_own_row(self, rows):
+        class Nothing(EvenLength):
+            def accepts(self, state):
+                return torch.zeros_like(state, dtype=torch.bool)
+
+        search = fb.BeamSearch(3, 1, None, constraint=Nothing(), pad_id=2)
+        state = search.init(2)
+        step = search.step(state, torch.randn(2 * rows, V))
+        own = torch.arange(3).clamp(max=rows - 1)
+        assert step.tokens.eq(2).all() and not step.valid.any()
+        assert step.parents.tolist() == [[0, 1, 2]] * 2
+        assert step.source_rows.tolist() == [*own.tolist(), *(own + rows).tolist()]
+
+
+class TestWhatGoesWrong:
+    @pytest.mark.parametrize("steps", [0, 1])
+    def test_a_state_whose_constraint_failed_is_refused(self, steps):
+        class Fails(EvenLength):
+            left = steps
+
+            def advance(self, state, tokens):
+                if self.left == 0:
+                    raise ArithmeticError
+                self.left -= 1
+                return state + tokens
+
+        search = fb.BeamSearch(2, 4, EOS, constraint=Fails())
+        state = search.init(1)
+        for _ in range(steps):
+            search.step(state, torch.randn(1 if steps == 0 else 2, V)[:1])
+        with pytest.raises(ArithmeticError):
+            search.step(state, torch.randn(1 if steps == 0 else 2, V))
+        with pytest.raises(ValueError, match="state: expected one whose steps have succeeded, got one in which"):
+            search.step(state, torch.randn(2, V))
+
+    @pytest.mark.parametrize(
+        ("vetoed", "error", "message"),
+        [
+            (
+                lambda p: torch.zeros(1, 1, dtype=torch.bool),
+                ValueError,
+                r"constraint's veto: expected shape \[1, 65\], got",
+            ),
+            (lambda p: torch.zeros_like(p.tokens), TypeError, "constraint's veto: expected bool, got int64"),
+            (lambda p: None, TypeError, "constraint's veto: expected a tensor, got NoneType"),
+        ],
+    )
+    def test_what_a_veto_returns_is_checked(self, vetoed, error, message):
+        class Wrong(NoRepeat):
+            def veto(self, state, proposed):
+                return vetoed(proposed)
+
+        search = fb.BeamSearch(2, 4, EOS, constraint=Wrong())
+        state = search.init(1)
+        with pytest.raises(error, match=message):
+            search.step(state, torch.zeros(1, V))
+        assert state.vocab_size is None and state.requests.steps.tolist() == [0]
+
+    def test_what_accepts_returns_is_checked_before_anything_changes(self):
+        class Wrong(EvenLength):
+            def accepts(self, state):
+                return state
+
+        search = fb.BeamSearch(2, 4, EOS, constraint=Wrong())
+        state = search.init(1)
+        with pytest.raises(TypeError, match="constraint's accepts: expected bool, got int64"):
+            search.step(state, torch.zeros(1, V))
+        assert state.vocab_size is None and state.requests.steps.tolist() == [0]
+
+    def test_a_veto_that_does_not_say_how_many_it_considers(self):
+        class Says(NoRepeat):
+            considers = None
+            bitmask = None
+
+        assert_same(found(run(Says())), expected(no_repeat))
+
+
+def test_a_constraint_is_asked_about_its_own_requests_only():
+    class Counts(NoRepeat):
+        def init(self, batch_size, beam_size, vocab_size, device):
+            self.rows = [batch_size * beam_size]
+            return super().init(batch_size, beam_size, vocab_size, device)
+
+        def veto(self, state, proposed):
+            assert proposed.rows.amax() < len(state) and proposed.rows.shape[0] == 1
+            return super().veto(state, proposed)
+
+        def advance(self, state, tokens):
+            self.rows.append(len(tokens))
+            assert len(state) == len(tokens)
+            return tokens
+
+    own = [Counts() for _ in range(4)]
+    together = run(own, batch=4, beam_size=3)
+    assert all(each.rows == [3] * 5 for each in own)
+    for request in range(4):
+        search = fb.BeamSearch(3, 4, EOS, constraint=NoRepeat(), length_penalty=0, stopping=fb.Exhausted())
+        alone = fb.decode(search, TableLM(V, 0), torch.tensor([request]))
+        assert torch.equal(together.tokens[request], alone.tokens[0])

@@ -14,7 +14,7 @@ import torch
 from flashbeam.kernels import Edges
 
 from ..arguments import whole_number
-from .csr import bool_array, check_edges, int_array, order_by_place, restored_edges
+from .csr import bool_array, check_edges, int_array, order_by_place, restored_edges, sent
 from .protocol import Context
 from .reach import Bools, Ints, reach_of_graph, words_for
 from .storage import Arrays, damaged, read, write
@@ -139,7 +139,8 @@ class Automaton:
 
     def all_lead(self, min_length: int, max_length: int, ends: bool) -> bool:
         """Whether every edge is known to lead to acceptance in time; ``ends``: there are EOS ids."""
-        return False
+        assert self.targets is not None
+        return bool((self.reach(self.words(max_length))[self.targets] == -1).all())
 
     def reach(self, words: int) -> Ints:
         """int32 ``[S, words]``, see constraint/reach.py. Made once."""
@@ -152,10 +153,8 @@ class Automaton:
         """What the device needs. Copied there once."""
         key = device, words
         if key not in self._copies:
-            indptr, tokens, reach = (
-                torch.from_numpy(array).to(device) for array in (self.indptr, self.tokens, self.reach(words))
-            )
-            targets = None if self.targets is None else torch.from_numpy(self.targets).to(device)
+            indptr, tokens, reach = (sent(array, device) for array in (self.indptr, self.tokens, self.reach(words)))
+            targets = None if self.targets is None else sent(self.targets, device)
             self._copies[key] = Edges(indptr, tokens, targets, reach)
         return self._copies[key]
 

@@ -4,12 +4,15 @@ from collections.abc import Callable, Sequence
 from functools import reduce
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from flashbeam.kernels import Listed
 
+from ..cache import leaves_of, reorder
 from .protocol import Banks, Bound, Constraint, Context, Proposed
+from .token_lists import on_device
 
 
 class AllOf:
@@ -73,44 +76,72 @@ def bind(requests: Sequence[Any], context: Context) -> Bound | None:
 
 
 class _UsersOwn(Bound):
-    """A constraint of the public protocol, for the requests that have it."""
+    """A constraint of the public protocol. It knows of no requests but those that have it: N of them."""
 
     def __init__(self, parts: list[Any], context: Context):
         self.own = next(part for part in parts if part is not None)
         self.context = context
-        uses = [part is not None for part in parts]
-        self.uses = None if all(uses) else torch.tensor(uses, device=context.device)
-        if hasattr(self.own, "veto"):
-            self.considers = getattr(self.own, "considers", 0)
+        requests = [request for request, part in enumerate(parts) if part is not None]
+        self.count = len(requests)
+        self.requests: Tensor | None = None  # int64 [N]; None: all
+        if self.count < context.batch_size:
+            self.requests = on_device(requests, np.int64, context)
+            back = on_device(np.arange(self.count) - requests, np.int64, context)
+            self.back = back[:, None]  # [N, 1], from the place of a request in the batch to that among its own
+        if callable(getattr(self.own, "veto", None)):
+            self.considers = getattr(self.own, "considers", 0) or 0
 
     def init(self) -> Any:
         context = self.context
-        return self.own.init(context.batch_size, context.beam_size, context.vocab_size, context.device)
+        return self.own.init(self.count, context.beam_size, context.vocab_size, context.device)
 
     def advance(self, state: Any, tokens: Tensor) -> Any:
-        return self.own.advance(state, tokens)
+        return self.own.advance(state, self._of_own(tokens.view(self.context.batch_size, -1)).flatten())
+
+    def take(self, state: Any, rows: Tensor) -> Any:
+        own = self._of_own(rows.view(self.context.batch_size, -1))
+        return reorder(state, self._among_own(own, self.context.beam_size).flatten())
+
+    def move(self, state: Any, rows: Tensor, tokens: Tensor, live: Tensor | None = None) -> Any:
+        return self.advance(self.take(state, rows), tokens)
 
     def bitmask(self, state: Any) -> Tensor | None:
-        if not hasattr(self.own, "bitmask"):
+        if not callable(getattr(self.own, "bitmask", None)):
             return None
-        bitmask: Tensor = self.own.bitmask(state)
-        if self.uses is None:
-            return bitmask
-        return bitmask | ~self._used(bitmask.shape[0]).int().neg()[:, None]
+        bitmask: Tensor = self._in_batch(self.own.bitmask(state), -1)
+        return bitmask
 
     def accepts(self, state: Any) -> Tensor | None:
-        if not hasattr(self.own, "accepts"):
+        if not callable(getattr(self.own, "accepts", None)):
             return None
-        accepted: Tensor = self.own.accepts(state)
-        return accepted if self.uses is None else accepted | ~self._used(accepted.shape[0])
+        accepted: Tensor = self._in_batch(self.own.accepts(state), True)
+        return accepted
 
     def veto(self, state: Any, proposed: Proposed) -> Tensor:
-        vetoed: Tensor = self.own.veto(state, proposed)
-        return vetoed if self.uses is None else vetoed & self.uses[:, None]
+        if self.requests is None:
+            vetoed: Tensor = self.own.veto(state, proposed)
+            return vetoed
+        own = Proposed(*map(self._of_own, proposed))
+        per_request = next(leaf.shape[0] for _, leaf in leaves_of(state, "state") if isinstance(leaf, Tensor))
+        own = own._replace(rows=self._among_own(own.rows, per_request // self.count))
+        none = torch.zeros_like(proposed.tokens, dtype=torch.bool)
+        return none.index_copy_(0, self.requests, self.own.veto(state, own))
 
-    def _used(self, rows: int) -> Tensor:
-        assert self.uses is not None
-        return self.context.of_rows(self.uses, rows)
+    def _of_own(self, per_request: Tensor) -> Tensor:
+        """The part of ``[B, ...]`` that is of its requests, ``[N, ...]``."""
+        return per_request if self.requests is None else per_request.index_select(0, self.requests)
+
+    def _among_own(self, rows: Tensor, per_request: int) -> Tensor:
+        """Rows ``[N, m]`` of the batch as rows of its own requests."""
+        return rows if self.requests is None else rows + self.back * per_request
+
+    def _in_batch(self, own: Any, others: Any) -> Any:
+        """What is said of its own rows, and ``others`` of those of other requests."""
+        if self.requests is None or not isinstance(own, Tensor) or own.dim() == 0:
+            return own
+        own = own.unflatten(0, (self.count, -1)) if own.shape[0] % self.count == 0 else own[:, None]
+        batch = own.new_full((self.context.batch_size, *own.shape[1:]), others)
+        return batch.index_copy_(0, self.requests, own).flatten(0, 1)
 
 
 class _Product(Bound):

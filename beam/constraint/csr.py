@@ -49,6 +49,11 @@ def bool_array(name: str, given: Any) -> Bools:
     return array.astype(np.bool_)
 
 
+def sent(array: NDArray[Any], device: torch.device) -> Tensor:
+    """An array on a device; the host does not wait."""
+    return torch.from_numpy(array).to(device, non_blocking=True)
+
+
 def _check_vector(name: str, array: NDArray[Any]) -> None:
     if array.ndim != 1:
         raise ValueError(f"{name}: expected one dimension, got shape {list(array.shape)}")

@@ -10,6 +10,7 @@ from torch import Tensor
 from flashbeam.kernels import Edges, follow, listed_bitmask, place
 
 from .aho_corasick import Ints, build
+from .csr import sent
 from .phrases import as_word, parts_of
 from .protocol import Bound, Context
 from .token_lists import check_inside
@@ -80,7 +81,7 @@ class _Tables(NamedTuple):
 
 
 def _on(device: torch.device, arrays: tuple[Ints, ...]) -> _Tables:
-    return _Tables(*(torch.from_numpy(array).to(device) for array in arrays))
+    return _Tables(*(sent(array, device) for array in arrays))
 
 
 def _tables(phrases: Sequence[tuple[int, ...]]) -> tuple[Ints, ...]:
@@ -135,7 +136,7 @@ class _BoundForbidden(Bound):
         self.edges = Edges(indptr, torch.cat([one.tokens for one in tables]), targets, reach)
         self.barred = Edges(barred_indptr, torch.cat([one.barred for one in tables]), None, reach)
         roots = torch.from_numpy(first[list(of_request)]).int()
-        self.roots = roots.to(context.device)  # int32 [B]
+        self.roots = roots.to(context.device, non_blocking=True)  # int32 [B]
         self.always = listed_bitmask(self.barred, self.roots, None, context.vocab_size)  # int32 [B, W], barred
 
     def init(self) -> Tensor:

@@ -45,7 +45,7 @@ class PhraseTables:
             return on_device(np.asarray(per_automaton)[list(number_of_request)])
 
         def on_device(array: Any) -> Tensor:
-            return torch.from_numpy(array).to(device)
+            return torch.from_numpy(array).to(device, non_blocking=True)
 
         self.alphabet = of_request(alphabet)  # int64 [B, A], ascending; beyond every token where there is none
         self.roots = of_request(states[:-1])  # int64 [B]

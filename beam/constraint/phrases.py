@@ -15,7 +15,7 @@ from .csr import int_array
 from .phrase_automaton import Phrase, PhraseAutomaton, anything, ordered, unordered
 from .phrase_tables import PhraseTables
 from .protocol import Banks, Bound, Context
-from .token_lists import check_inside, check_without_eos
+from .token_lists import check_inside, check_without_eos, on_device
 
 MOST = 62  # phrases whose being satisfied fits the bits of an int64
 
@@ -113,10 +113,10 @@ class _Progress(NamedTuple):
 class _BoundPhrases(Bound):
     def __init__(self, tables: PhraseTables, context: Context):
         self.tables, self.context = tables, context
-        self.max_lengths = torch.tensor(context.max_lengths, device=context.device)
+        self.max_lengths = on_device(context.max_lengths, np.int64, context)
         inside = tables.alphabet < context.vocab_size
         self.alphabet = tables.alphabet.masked_fill(~inside, -1)  # int64 [B, A]
-        eos = torch.tensor(context.eos, dtype=torch.int64, device=context.device).expand(context.batch_size, -1)
+        eos = on_device(context.eos, np.int64, context).expand(context.batch_size, -1)
         self.eos = self._mark(eos, torch.ones_like(eos, dtype=torch.bool))  # int32 [B, W]
         self.others = ~(self._mark(self.alphabet, inside) | self.eos)
 

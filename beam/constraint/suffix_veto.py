@@ -13,7 +13,7 @@ from torch import Tensor
 from flashbeam.kernels import Edges, listed_bitmask
 
 from ..arguments import whole_number
-from .csr import as_array, int_array
+from .csr import as_array, int_array, sent
 from .protocol import Bound, Context
 from .reach import Ints
 from .suffix_array import followed_spans
@@ -48,7 +48,7 @@ class SuffixVeto:
     def table(self, device: torch.device) -> "_Table":
         """The spans on ``device``, sent there once."""
         if device not in self._on_device:
-            self._on_device[device] = _Table(*(torch.from_numpy(each).to(device) for each in self.spans))
+            self._on_device[device] = _Table(*(sent(each, device) for each in self.spans))
         return self._on_device[device]
 
     @staticmethod

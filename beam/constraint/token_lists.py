@@ -36,11 +36,11 @@ def padded(lists: Sequence[Any], width: int) -> Ints:
 
 def on_device(values: Any, dtype: type, context: Context) -> Tensor:
     """``values``, which are on the host, as a tensor where the search is."""
-    return torch.from_numpy(np.array(values, dtype)).to(context.device)
+    return torch.from_numpy(np.array(values, dtype)).to(context.device, non_blocking=True)
 
 
 def eos_bits(context: Context) -> Tensor:
     """int32 ``[ceil(V / 32)]``: the bits of EOS."""
     marked = torch.zeros(context.vocab_size, dtype=torch.bool)
     marked[list(context.eos)] = True
-    return pack_bitmask(marked).to(context.device)
+    return pack_bitmask(marked).to(context.device, non_blocking=True)

@@ -49,7 +49,7 @@ def _edges_of_tile(tokens_ptr, start, end, tile):
     high = end + tl.zeros([2], tl.int32)
     bound = tile + tl.arange(0, 2)
     while tl.max((low < high).to(tl.int32), 0) > 0:
-        middle = (low + high) // 2
+        middle = low + (high - low) // 2
         before = tl.load(tokens_ptr + middle, mask=low < high, other=2**31 - 1) // _TILE < bound
         high = tl.where(before, high, middle)
         low = tl.where(before, middle + 1, low)
@@ -117,7 +117,7 @@ def _follow_kernel(
     wanted = place(tl.where(alive, taken, 0))
     while tl.max((low < high).to(tl.int32), 0) > 0:  # the first edge whose place is not before
         open = low < high
-        middle = (low + high) // 2
+        middle = low + (high - low) // 2
         before = open & (place(tl.load(tokens_ptr + middle, mask=open, other=0)) < wanted)
         low = tl.where(before, middle + 1, low)
         high = tl.where(before, high, middle)

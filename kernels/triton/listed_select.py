@@ -38,7 +38,7 @@ def _parent_of(starts_ptr, place, parents):
     high = low + parents
     length = parents
     while length > 1:  # the answer is in [low, high)
-        middle = (low + high) // 2
+        middle = low + (high - low) // 2
         after = tl.load(starts_ptr + tl.minimum(middle, parents - 1)) > place
         low = tl.where(after, low, middle)
         high = tl.where(after, middle, high)
