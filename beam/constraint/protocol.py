@@ -30,7 +30,8 @@ class Constraint(Protocol):
     - ``bitmask(state) -> int32 [R, ceil(V / 32)]``: bit ``j % 32`` of word ``j // 32`` set where token ``j`` may
       follow;
     - ``veto(state, proposed) -> bool [B, M]``: set where a candidate (:class:`Proposed`) must not be taken. Only the
-      best M are shown, ``considers`` of them if the constraint has that attribute. For ``fb.TopK``.
+      best are shown, ``considers`` of them if the constraint has that attribute and at least one for each beam, and all
+      EOS candidates. For ``fb.TopK``.
 
     and may have ``accepts(state) -> bool [R]``, asked at ``max_length``: whether what ends there is a hypothesis. See
     docs/constraints.md for an example.

@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-import tempfile
+import uuid
 import zlib
 from pathlib import Path
 from typing import Any
@@ -30,23 +30,16 @@ def write(path: str | os.PathLike[str], kind: str, arrays: Arrays, numbers: dict
             for name, array in arrays.items()
         },
     }
-    folder.absolute().parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.absolute().parent))
+    unfinished = folder.absolute().parent / f".{folder.name}.{uuid.uuid4().hex}"
+    unfinished.mkdir(parents=True)
     try:
         for name, array in arrays.items():
             np.save(unfinished / f"{name}.npy", array, allow_pickle=False)
         (unfinished / _DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n")
-        unfinished.chmod(0o777 & ~_umask())
         unfinished.rename(folder)
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def read(path: str | os.PathLike[str], kind: str, mmap: bool) -> tuple[Arrays, dict[str, int]]:
