@@ -90,9 +90,9 @@ def _paired(node: Any, out: Any, path: str) -> Iterator[tuple[str, Any]]:
 
 def _check_ownership(leaves: list[tuple[str, Any]], buffers: list[tuple[str, Any]]) -> None:
     """No buffer is the result of two tensors, or a tensor of the cache at another place."""
-    owner = {id(leaf): id(leaf) for _, leaf in leaves}
+    owner = {leaf: leaf for _, leaf in leaves if isinstance(leaf, Tensor)}  # a tensor is equal to itself alone
     for (_, leaf), (path, buffer) in zip(leaves, buffers, strict=True):
-        if isinstance(leaf, Tensor) and owner.setdefault(id(buffer), id(leaf)) != id(leaf):
+        if isinstance(leaf, Tensor) and owner.setdefault(buffer, leaf) is not leaf:
             raise ValueError(f"{path}: expected a buffer of its own, got one that belongs to another tensor")
 
 
@@ -135,12 +135,12 @@ def reorder(
         if isinstance(leaf, Tensor):
             check_reorder(leaf, source_rows, dim, buffer, group_size, path, out_path)
 
-    done: dict[tuple[int, int], Tensor] = {}
+    done: dict[tuple[Tensor, Tensor | None], Tensor] = {}  # by tensor: a compiled step would be bound to their ids
     results: list[Any] = []
     for (_, leaf), (_, buffer) in zip(leaves, buffers, strict=True):
         result = leaf
         if isinstance(leaf, Tensor):
-            key = id(leaf), id(buffer)
+            key = leaf, buffer
             if key not in done:
                 done[key] = reorder_rows(leaf, source_rows, dim=dim, out=buffer, group_size=group_size)
             result = done[key]

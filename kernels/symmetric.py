@@ -92,12 +92,13 @@ def tables_of(weights: Weights, sizes: Tensor, log_tail: Tensor) -> tuple[Tables
         scale = torch.maximum(grown, start_at)
         safe = scale.clamp(min=_LOWEST)
         factor = grown.sub_(safe).exp_().div_(most.clamp(min=_LEAST))[..., None]
-        torch.sub(start_at, safe, out=table[..., 0]).exp_()
-        torch.mul(before[..., :-1], both, out=table[..., 1:]).mul_(less)
-        torch.mul(before[0, :, :near], share[0], out=table[0, :, 1 : 1 + near])
-        torch.mul(before[1, :, n - near : -1], share[1], out=table[1, :, 1 + n - near :])
+        # torch.compile cannot trace `out=` where that is a view
+        table[..., 0].copy_(start_at).sub_(safe).exp_()
+        table[..., 1:].copy_(before[..., :-1]).mul_(both).mul_(less)
+        table[0, :, 1 : 1 + near].copy_(before[0, :, :near]).mul_(share[0])
+        table[1, :, 1 + n - near :].copy_(before[1, :, n - near : -1]).mul_(share[1])
         table[..., 1:].mul_(factor)
-        torch.cumsum(table, 2, out=table)
+        table.cumsum_(2)
         most = table[..., -1]
         scales.append(scale)
     all_scales = torch.stack(scales, 1)
