@@ -65,7 +65,8 @@ def _advance_chosen(
     active = keep & ~ended
     report_faults(requests, row_flags, live & ~keep.any(1))
     requests.done.logical_or_(~active.any(1) | (limits.max_length == length))
-    record(requests, history, choice.tokens, choice.parents, choice.token_log_probs, live)
+    increments = choice.token_log_probs.masked_fill(~keep, -torch.inf)
+    record(requests, history, choice.tokens, choice.parents, increments, live)
 
     nodes = draws.nodes.gather(1, choice.parents)
     lengths = torch.where(frozen, slots.lengths.gather(1, choice.parents), length[:, None].int())

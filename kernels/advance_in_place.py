@@ -81,7 +81,7 @@ def _advance_in_place(
     report_faults(requests, best.flags, live & ~keep.any(1))
     requests.done.logical_or_(~active.any(1) | last)
 
-    record(requests, history, tokens, parents, increments, live)
+    record(requests, history, tokens, parents, increments.masked_fill(~keep, -torch.inf), live)
     moving = keep & ~slots.ended.gather(1, parents)
     kept = live[:, None]
     slots.log_probs.copy_(torch.where(kept, log_probs.masked_fill(~keep, -torch.inf), slots.log_probs))

@@ -137,7 +137,8 @@ def step_by_hand(choice, row_flags, eos, slots, draws, requests, history, limits
                 requests.flags[b] |= DEAD_END
             requests.done[b] = not any(goes_on) or step + 1 == limits.max_length[b]
             requests.steps[b] += 1
-            for field, values in zip(history, (token, own, choice.token_log_probs[b]), strict=True):
+            each = [x if keep else -INF for x, keep in zip(choice.token_log_probs[b].tolist(), kept, strict=True)]
+            for field, values in zip(history, (token, own, each), strict=True):
                 field[step, b] = torch.as_tensor(values).to(field.dtype)
         for slot in range(beams):
             slots.active[b, slot] = goes_on[slot] and not requests.done[b]

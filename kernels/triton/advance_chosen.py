@@ -98,7 +98,7 @@ def _advance_chosen_kernel(
         keep & (frozen == 0),
         token,
         parent,
-        tl.load(increments_ptr + here, mask=inside, other=0.0),
+        tl.load(increments_ptr + here, mask=keep, other=-float("inf")),
         steps,
         flags,
         row_flags_ptr,

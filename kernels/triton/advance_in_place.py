@@ -174,6 +174,7 @@ def _advance_in_place_kernel(
     active = keep & goes_on
     # a slot whose parent is frozen continues it
     moving = keep & (tl.load(ended_ptr + base + parent, mask=keep, other=0).to(tl.int32) == 0)
+    increment = tl.where(keep, increment, -float("inf"))
     none_left = tl.max(keep.to(tl.int32), 0) == 0
     finished = tl.max(active.to(tl.int32), 0) == 0
     tl.debug_barrier()  # everything is read: what follows overwrites it
