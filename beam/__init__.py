@@ -2,6 +2,7 @@
 
 from flashbeam.kernels import FLAG_DEAD_END, FLAG_INEXACT, FLAG_INF, FLAG_NAN
 
+from .budget import Budget
 from .cache import reorder
 from .constraint import (
     AllOf,
@@ -17,6 +18,7 @@ from .constraint import (
     Trie,
 )
 from .decode import decode
+from .dialect import Dialect
 from .estimate import estimate, weights
 from .hypotheses import Hypotheses
 from .noise import Noised, noise
@@ -34,7 +36,7 @@ from .selection import (
     TopK,
 )
 from .state import State
-from .stopping import Exact, Exhausted, FirstFinished, Patience
+from .stopping import BestLive, Exact, Exhausted, Filled, FirstFinished, Patience, Shrinking
 
 __version__ = "0.1.0"
 
@@ -48,13 +50,17 @@ __all__ = [
     "Arithmetic",
     "Automaton",
     "BeamSearch",
+    "BestLive",
+    "Budget",
     "ConditionalPoisson",
     "Copy",
+    "Dialect",
     "DiverseGroups",
     "DiverseSiblings",
     "DynamicWidth",
     "Exact",
     "Exhausted",
+    "Filled",
     "FirstFinished",
     "ForbiddenPhrases",
     "Grammar",
@@ -67,6 +73,7 @@ __all__ = [
     "Prefix",
     "RepetitionPenalty",
     "Sample",
+    "Shrinking",
     "State",
     "Step",
     "Stochastic",

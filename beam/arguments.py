@@ -30,6 +30,10 @@ class PerRequest(Generic[Value]):
             raise ValueError(f"{name}: expected one value per request, got none")
         self.values = [check(name if self.shared else f"{name}[{i}]", value) for i, value in enumerate(values)]
 
+    def numbers(self) -> list[Value]:
+        """The values that are not functions of the source."""
+        return [value for value in self.values if not callable(value)]
+
     def of_batch(self, batch_size: int) -> list[Value]:
         """The values of ``batch_size`` requests."""
         if self.shared:
@@ -50,6 +54,32 @@ def whole_number(low: int) -> Callable[[str, Any], int]:
         return int(value)
 
     return check
+
+
+def length_limit(low: int) -> Callable[[str, Any], Any]:
+    """A check for ints of at least ``low``, or functions of the source's length that give them."""
+    check = whole_number(low)
+
+    def check_limit(name: str, value: Any) -> Any:
+        if callable(value):
+            return lambda length: check(f"{name}({length})", value(length))
+        try:
+            return check(name, value)
+        except TypeError:
+            wanted = f"an int >= {low} or a function of the source's length"
+            raise TypeError(f"{name}: expected {wanted}, got {type(value).__name__}") from None
+
+    return check_limit
+
+
+def of_source(limits: PerRequest[Any], batch_size: int, source_lengths: list[int] | None) -> list[int]:
+    """Length limits of ``batch_size`` requests; those that are functions, of their sources."""
+    values = limits.of_batch(batch_size)
+    if not any(map(callable, values)):
+        return values
+    if source_lengths is None:
+        raise ValueError(f"source_lengths: expected one length per request, which {limits.name} asks for, got None")
+    return [value(n) if callable(value) else value for value, n in zip(values, source_lengths, strict=True)]
 
 
 def finite_number(name: str, value: Any) -> float:

@@ -7,6 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .arguments import PerRequest, whole_number
+
 if TYPE_CHECKING:
     from .state import State
 
@@ -89,3 +91,13 @@ def as_request_ids(given: Tensor | Sequence[int] | None, batch_size: int, device
     if tuple(given.shape) != (batch_size,):
         raise ValueError(f"request_ids: expected shape [{batch_size}], got {list(given.shape)}")
     return given.to(device, non_blocking=True).clone()
+
+
+def as_source_lengths(given: Tensor | Sequence[int] | None, batch_size: int) -> list[int] | None:
+    """Ints of at least 0, on the host."""
+    if given is None:
+        return None
+    lengths = PerRequest("source_lengths", given, whole_number(0))
+    if lengths.shared:
+        raise TypeError(f"source_lengths: expected a list or a CPU tensor of ints, got {type(given).__name__}")
+    return lengths.of_batch(batch_size)

@@ -14,6 +14,7 @@ from .checks import as_bitmask, as_bools, as_rows
 from .constrained import FAILED
 from .constraint import Bound, Context, Proposed, bind
 from .selection import Expansion, Veto
+from .state import NO_BITMASKS, EosBitmasks
 
 if TYPE_CHECKING:
     from .search import BeamSearch
@@ -27,7 +28,7 @@ class Expanded(NamedTuple):
     columns: int  # of the logits
     constraint: Bound | None
     constraint_state: Any  # of the B * K slots
-    without_eos: Tensor | None
+    eos_bitmasks: EosBitmasks
     given: int | None  # rows per request that were repeated for the groups of a beam; None at later steps
 
 
@@ -36,7 +37,7 @@ def expand(search: BeamSearch, state: State, logits: Tensor, bitmask: Tensor | N
     rows, vocab_size = as_rows(state, logits, search.vocab_size, search.eos_ids)
     mask = None if bitmask is None else as_bitmask(state, bitmask, rows.shape[0], vocab_size)
     first, given = state.vocab_size is None, rows.shape[0] // state.batch_size
-    constraint, slots_state, without_eos = _begun(search, state, vocab_size)
+    constraint, slots_state, eos_bitmasks = _begun(search, state, vocab_size)
     if slots_state is FAILED:
         raise ValueError(f"state: expected one whose steps have succeeded, got one in which {FAILED}")
     if first and state.groups > 1:  # every group starts from the request's one row
@@ -65,7 +66,13 @@ def expand(search: BeamSearch, state: State, logits: Tensor, bitmask: Tensor | N
             veto = Veto(partial(_ask, state, constraint, now), constraint.considers)
 
     renormalizes = _renormalizes(search)
-    allowed = mask if listed is not None else _without_banned_eos(state, without_eos, mask, rows.shape[0])
+    if eos_bitmasks.only is not None:
+        last = state.requests.steps + 1 == state.limits.max_length
+        mask = _masked_where(last, eos_bitmasks.only, mask, rows.shape[0])
+    allowed = mask
+    if eos_bitmasks.without is not None and listed is None:  # for those who renormalise or weigh the rest
+        banned = state.requests.steps + 1 < state.limits.min_length
+        allowed = _masked_where(banned, eos_bitmasks.without, mask, rows.shape[0])
     parents = rows.shape[0] // state.requests.done.shape[0]
     expansion = Expansion(
         logits=rows,
@@ -89,7 +96,7 @@ def expand(search: BeamSearch, state: State, logits: Tensor, bitmask: Tensor | N
         banks=banks,
         veto=veto,
     )
-    return Expanded(expansion, logits.shape[-1], constraint, slots_state, without_eos, given if first else None)
+    return Expanded(expansion, logits.shape[-1], constraint, slots_state, eos_bitmasks, given if first else None)
 
 
 def _ask(state: State, constraint: Bound, now: Any, proposed: Proposed) -> Tensor:
@@ -98,10 +105,10 @@ def _ask(state: State, constraint: Bound, now: Any, proposed: Proposed) -> Tenso
     return as_bools(state, constraint.veto(now, proposed), requests, "constraint's veto", count)
 
 
-def _begun(search: BeamSearch, state: State, vocab_size: int) -> tuple[Bound | None, Any, Tensor | None]:
-    """The constraint, its state and, where needed, the bitmask of every token but EOS: made at the first step."""
+def _begun(search: BeamSearch, state: State, vocab_size: int) -> tuple[Bound | None, Any, EosBitmasks]:
+    """The constraint, its state and the bitmasks of EOS: made at the first step."""
     if state.vocab_size is not None:
-        return state.constraint, state.constraint_state, state.without_eos
+        return state.constraint, state.constraint_state, state.eos_bitmasks
     batch = state.batch_size
     context = Context(
         batch_size=batch,
@@ -109,25 +116,21 @@ def _begun(search: BeamSearch, state: State, vocab_size: int) -> tuple[Bound | N
         vocab_size=vocab_size,
         device=state.device,
         eos=tuple(search.eos_ids),
-        min_lengths=tuple(search.min_length.of_batch(batch)),
-        max_lengths=tuple(search.max_length.of_batch(batch)),
+        min_lengths=state.min_lengths,
+        max_lengths=state.max_lengths,
     )
     constraint = bind(search.constraint.of_batch(batch), context)
     vetoes = constraint is not None and constraint.considers is not None
     if vetoes and "veto" not in getattr(search.selection, "uses", ()):
         name = type(search.selection).__name__
         raise ValueError(f"constraint: expected one without a veto for fb.{name}, got one that vetoes")
-    without_eos = None
-    weighs = search.selection.weighs or _renormalizes(search)
-    if weighs and state.eos is not None and max(search.min_length.values) > 0:
-        tokens = torch.arange(vocab_size, device=state.device)
-        without_eos = pack_bitmask((tokens[:, None] != state.eos).all(1))
+    eos_bitmasks = _eos_bitmasks(search, state, vocab_size)
     if constraint is None:
-        return None, None, without_eos
+        return None, None, eos_bitmasks
     slots_state = constraint.init()
     if (accepted := constraint.accepts(slots_state)) is not None:  # what it returns is known before anything changes
         as_bools(state, accepted, context.rows, "constraint's accepts")
-    return constraint, slots_state, without_eos
+    return constraint, slots_state, eos_bitmasks
 
 
 def _renormalizes(search: BeamSearch) -> bool:
@@ -135,13 +138,20 @@ def _renormalizes(search: BeamSearch) -> bool:
     return search.normalize == "allowed" or search.selection.seed is not None
 
 
-def _without_banned_eos(state: State, without_eos: Tensor | None, mask: Tensor | None, rows: int) -> Tensor | None:
-    """The bitmask with EOS taken out where ``min_length`` bans it, for those who renormalise or weigh the rest."""
-    if without_eos is None:
-        return mask
-    banned = state.requests.steps + 1 < state.limits.min_length
-    banned = banned.repeat_interleave(rows // banned.shape[0])
-    allowed = torch.where(banned[:, None], without_eos, torch.full_like(without_eos, -1))
+def _eos_bitmasks(search: BeamSearch, state: State, vocab_size: int) -> EosBitmasks:
+    weighs = search.selection.weighs or _renormalizes(search)
+    without = weighs and max(state.min_lengths) > 0
+    only = state.dialect.at_max_length == "end"
+    if state.eos is None or not (without or only):
+        return NO_BITMASKS
+    is_eos = (torch.arange(vocab_size, device=state.device)[:, None] == state.eos).any(1)
+    return EosBitmasks(pack_bitmask(~is_eos) if without else None, pack_bitmask(is_eos) if only else None)
+
+
+def _masked_where(there: Tensor, eos_bitmask: Tensor, mask: Tensor | None, rows: int) -> Tensor:
+    """``mask [R, ...]``, in requests ``there [B]`` only what ``eos_bitmask`` allows as well."""
+    there = there.repeat_interleave(rows // there.shape[0])
+    allowed = torch.where(there[:, None], eos_bitmask, torch.full_like(eos_bitmask, -1))
     return allowed if mask is None else allowed & mask[:, : allowed.shape[1]]
 
 

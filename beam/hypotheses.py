@@ -26,6 +26,7 @@ class Hypotheses:
     valid: Tensor  # bool [B, N]
     finished: Tensor  # bool [B, N], ended with EOS
     beam_size: Tensor  # int64 [B], of the search that found them
+    exact: Tensor  # bool [B], without early stopping or a budget the same beam would return just these
     sampling_log_probs: Tensor | None = None  # float32 [B, N], of what was sampled from; -inf where not valid
     log_inclusion: Tensor | None = None  # float32 [B, N], log-probability of being in the sample; 0 where not valid
     perturbed: Tensor | None = None  # float32 [B, N], what orders the sample of fb.Stochastic: its scores
@@ -70,8 +71,10 @@ def _of_slots(state: State) -> _Endings:
     lengths = slots.lengths.long()
     held = (slots.log_probs > -torch.inf) & (lengths > 0)
     step = (state.requests.steps.long() - 1)[:, None].expand_as(lengths)
+    if state.dialect.at_max_length == "spare":
+        held &= ~(state.pool.log_probs > -torch.inf).any(1, keepdim=True)
     return _Endings(
-        scores=slots.scores.masked_fill(~held, -torch.inf) / state.limits.length_norm.gather(1, lengths),
+        scores=slots.scores.masked_fill(~held, -torch.inf) / state.live_norm.gather(1, lengths),
         log_probs=slots.log_probs.masked_fill(~held, -torch.inf),
         lengths=lengths,
         arrival=(lengths << 32) + slots.ranks,
@@ -121,12 +124,26 @@ def _merge_groups(state: State, found: Hypotheses, num_hypotheses: int | None) -
     """The hypotheses of all groups of each request, ranked together by score; equal ones in the order of the groups."""
     fields = {name: field for name, field in vars(found).items() if field is not None}
     beam_size = fields.pop("beam_size").view(-1, state.groups).sum(1)
+    exact = fields.pop("exact").view(-1, state.groups).all(1)
     fields = {name: field.unflatten(0, (-1, state.groups)).flatten(1, 2) for name, field in fields.items()}
     count = state.beam_size if num_hypotheses is None else num_hypotheses
     order = fields["scores"].sort(dim=1, descending=True, stable=True).indices[:, :count]
     request = torch.arange(order.shape[0], device=order.device)[:, None]
     best = {name: field[request, order] for name, field in fields.items()}
-    return Hypotheses(**_pad(best, count, tokens=state.pad_id), beam_size=beam_size)
+    return Hypotheses(**_pad(best, count, tokens=state.pad_id), beam_size=beam_size, exact=exact)
+
+
+def _is_exact(state: State, best: _Endings, asked: Tensor) -> Tensor:
+    """bool ``[B]``: nothing that is still possible would change the hypotheses ``asked [B, N]`` for, best first."""
+    slots = state.slots
+    if state.in_place:
+        live = (slots.log_probs > -torch.inf) & ~slots.ended
+        return ~live.any(1) | (state.requests.steps == state.limits.max_length)
+    whole = state.bound == -torch.inf
+    if state.groups > 1:  # a group that goes on may change those behind it
+        return whole
+    kept = best.finished & (best.scores >= state.bound[:, None])
+    return whole | (kept | ~asked).all(1)
 
 
 def _collect(state: State, num_hypotheses: int | None) -> Hypotheses:
@@ -141,8 +158,11 @@ def _collect(state: State, num_hypotheses: int | None) -> Hypotheses:
     best = _Endings(**_pad(vars(found.take(order[:, :count])), count, eos=-1, last_step=-1))
 
     valid = best.log_probs > -torch.inf
+    asked = torch.ones_like(valid)
     if num_hypotheses is None:
-        valid &= torch.arange(count, device=valid.device) < state.limits.width[:, None]
+        asked &= torch.arange(count, device=valid.device) < state.limits.width[:, None]
+    exact = _is_exact(state, best, asked)
+    valid &= asked
     slots = trace_slots(state.history.parents, best.last_step.masked_fill(~valid, -1), best.last_slot)  # [B, N, T]
     on_path = slots >= 0
     index = slots.clamp(min=0).permute(2, 0, 1)  # [T, B, N]
@@ -171,5 +191,6 @@ def _collect(state: State, num_hypotheses: int | None) -> Hypotheses:
         valid=valid,
         finished=best.finished & valid,
         beam_size=state.limits.width.long(),
+        exact=exact,
         **{name: reported[name] for name in state.selection.reports},
     )

@@ -5,7 +5,7 @@ lengths from one table, made once, so a new rule is a new ``norm``.
 """
 
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -67,26 +67,34 @@ def check_norms(name: str, scoring: Scoring, max_length: int) -> None:
             raise ValueError(f"{name}: expected a norm between 1e-37 and 1e37 for length {length}, got {norm:g}")
 
 
-def norm_tables(
-    scorings: list[Scoring], min_lengths: list[int], max_lengths: list[int]
-) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """``length_norm`` and ``bound_norm``, float32 ``[B, T + 1]``, of ``kernels.Limits``.
+class NormTables(NamedTuple):
+    """The norms of all lengths, float32 ``[B, T + 1]``."""
 
-    ``bound_norm[b, n]`` is the greatest norm of a length still open to a hypothesis of ``n`` tokens. Log-probabilities
-    are not above 0, so dividing by the greatest norm bounds every score to come.
-    """
+    live: np.ndarray[Any, Any]  # of a hypothesis that is returned as it is
+    ended: np.ndarray[Any, Any]  # of one that ends with EOS: ``length_norm`` of ``kernels.Limits``
+    # the greatest of a length still open after so many tokens: ``bound_norm``. Log-probabilities are not above 0, so
+    # dividing by the greatest norm bounds every score to come
+    bound: np.ndarray[Any, Any]
+
+
+def norm_tables(
+    scorings: list[Scoring], min_lengths: list[int], max_lengths: list[int], counts_eos: bool = True
+) -> NormTables:
+    """The tables of requests with these scorings and limits; without ``counts_eos`` an EOS is no part of the length."""
     top = max(max_lengths)
-    length_norm = np.ones((len(scorings), top + 1), np.float32)
-    bound_norm = np.ones_like(length_norm)
+    tables = NormTables(*(np.ones((len(scorings), top + 1), np.float32) for _ in range(3)))
     rows: dict[tuple[Scoring, int, int], int] = {}
     for b, request in enumerate(zip(scorings, min_lengths, max_lengths, strict=True)):
         if request in rows:
-            length_norm[b], bound_norm[b] = length_norm[rows[request]], bound_norm[rows[request]]
+            for table in tables:
+                table[b] = table[rows[request]]
             continue
         rows[request] = b
         scoring, low, high = request
-        length_norm[b, 1:] = [scoring.norm(length) for length in range(1, top + 1)]
+        live, ended, bound = (table[b] for table in tables)
+        live[1:] = [scoring.norm(length) for length in range(1, top + 1)]
+        ended[1:] = live[1:] if counts_eos else live[[1, *range(1, top)]]
         for n in range(top + 1):
             first = min(max(n + 1, low), high)
-            bound_norm[b, n] = length_norm[b, first : high + 1].max()
-    return length_norm, bound_norm
+            bound[n] = max(ended[first : high + 1].max(), live[high])
+    return tables

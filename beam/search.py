@@ -8,9 +8,11 @@ from torch import Tensor
 
 from flashbeam.kernels import Moves, advance_chosen_, advance_in_place_, advance_pool_
 
-from .arguments import PerRequest, positive_number, token_ids, whole_number
+from .arguments import PerRequest, length_limit, positive_number, token_ids, whole_number
+from .budget import Budget, spend
 from .constrained import begin, follow_beams
 from .constraint import as_constraint
+from .dialect import Dialect
 from .expansion import expand
 from .hypotheses import Hypotheses, collect
 from .scoring import LengthPower, Scoring, as_scoring, check_norms
@@ -36,14 +38,16 @@ class BeamSearch:
 
     Args:
         beam_size: beams per request, 1 or more [B].
-        max_length: most tokens a hypothesis may have, EOS included [B].
+        max_length: most tokens a hypothesis may have, EOS included; or a function of the source's length, see ``init``,
+            that gives it [B].
         eos_id: the token that ends a hypothesis, a list of such tokens, or ``None`` if none does.
         pad_id: the token that fills what is not used; inside the vocabulary.
-        min_length: fewest tokens a finished hypothesis may have, EOS included [B].
+        min_length: fewest tokens a finished hypothesis may have, EOS included; or a function as above [B].
         length_penalty: ``score = log_prob / length ** length_penalty``; 0 ranks by log-probability; or
             ``fb.GNMT(alpha)`` [B].
-        stopping: ``fb.FirstFinished()``, ``fb.Patience(p)``, ``fb.Exact()`` or ``fb.Exhausted()``. In place, a request
-            ends when every slot has ended, whichever of these but another patience is given.
+        stopping: ``fb.FirstFinished()``, ``fb.Patience(p)``, ``fb.Exact()`` or ``fb.Exhausted()``; or ``fb.Filled()``,
+            ``fb.BestLive()``, ``fb.Shrinking()``. In place, a request ends when every slot has ended, whichever of the
+            first four but another patience is given.
         finished: ``"pool"``: a finished hypothesis leaves the beam; ``"in_place"``: it stays in its slot and competes;
             ``None``: what the selection asks for.
         selection: how the next beams are chosen; ``fb.TopK()``.
@@ -52,6 +56,9 @@ class BeamSearch:
         normalize: ``"vocab"``: what is banned keeps its share of the probability; ``"allowed"``: renormalise.
         temperature: divides the logits, above 0 [B].
         vocab_size: columns of the logits from here on are padding; ``None``: there are none.
+        dialect: who may finish, what becomes of live beams at ``max_length``, what the length counts:
+            ``fb.Dialect(...)``; only where finished hypotheses go to a pool.
+        budget: ``fb.Budget(tokens, seconds)``: stop when it is spent and return the best so far; ``None``: no limit.
 
     Raises:
         ValueError, TypeError: ``<argument>: expected X, got Y``.
@@ -73,10 +80,12 @@ class BeamSearch:
         normalize: str = "vocab",
         temperature: Any = 1.0,
         vocab_size: int | None = None,
+        dialect: Dialect | None = None,
+        budget: Budget | None = None,
     ):
         self.beam_size = PerRequest("beam_size", beam_size, whole_number(1))
-        self.max_length = PerRequest("max_length", max_length, whole_number(1))
-        self.min_length = PerRequest("min_length", min_length, whole_number(0))
+        self.max_length = PerRequest("max_length", max_length, length_limit(1))
+        self.min_length = PerRequest("min_length", min_length, length_limit(0))
         self.temperature = PerRequest("temperature", temperature, positive_number)
         self.length_penalty: PerRequest[Scoring] = PerRequest("length_penalty", length_penalty, as_scoring)
         self.eos_ids = token_ids("eos_id", eos_id)
@@ -95,22 +104,43 @@ class BeamSearch:
         if finished not in (None, *self.selection.regimes):
             raise ValueError(f"finished: expected one of {list(self.selection.regimes)} or None, got {finished!r}")
         self.finished = self.selection.regimes[0] if finished is None else finished
-        waits = all(self.stopping.quota(width) == width for width in self.beam_size.values)
+        self.dialect = Dialect() if dialect is None else dialect
+        if not isinstance(self.dialect, Dialect):
+            raise TypeError(f"dialect: expected fb.Dialect(...), got {type(dialect).__name__}")
+        if self.dialect.at_max_length == "end" and not self.eos_ids:
+            raise ValueError("eos_id: expected a token to end with, for at_max_length='end', got None")
+        self.budget = budget
+        if budget is not None and not isinstance(budget, Budget):
+            raise TypeError(f"budget: expected fb.Budget(...) or None, got {type(budget).__name__}")
         self._check_selection()
-        if self.finished == "in_place" and self.stopping.by_arrival and not waits:
-            raise ValueError(
-                f"stopping: expected a rule that lets every slot end, for finished='in_place', got {self.stopping!r}"
-            )
+        self._check_regime()
         batch_sizes = {argument.name: len(argument.values) for argument in self.per_request() if not argument.shared}
         if len(set(batch_sizes.values())) > 1:
             name, size = next(iter(batch_sizes.items()))
             other = next(other for other, n in batch_sizes.items() if n != size)
             raise ValueError(f"{other}: expected as many values as {name}, {size}, got {batch_sizes[other]}")
-        for low, high in zip(*self._broadcast(self.min_length, self.max_length), strict=True):
-            if low > high:
+        self.check_lengths(*self._broadcast(self.min_length, self.max_length, self.length_penalty))
+
+    @staticmethod
+    def check_lengths(lows: list[Any], highs: list[Any], scorings: list[Scoring]) -> None:
+        """Length limits and norms per request that go together; limits may still be functions of the source."""
+        for low, high, scoring in zip(lows, highs, scorings, strict=True):
+            if not callable(low) and not callable(high) and low > high:
                 raise ValueError(f"min_length: expected at most max_length, {high}, got {low}")
-        for scoring, high in zip(*self._broadcast(self.length_penalty, self.max_length), strict=True):
-            check_norms("length_penalty", scoring, high)
+            check_norms("length_penalty", scoring, 1 if callable(high) else high)
+
+    def _check_regime(self) -> None:
+        """What finished hypotheses that stay in their slots ask of the other arguments."""
+        if self.finished == "pool":
+            return
+        rule = self.stopping.rule
+        waits = all(self.stopping.quota(width) in (None, width) for width in self.beam_size.values)
+        if not waits or rule.best_live or rule.shrinks:
+            raise ValueError(
+                f"stopping: expected a rule that lets every slot end, for finished='in_place', got {self.stopping!r}"
+            )
+        if self.dialect != Dialect():
+            raise ValueError(f"dialect: expected the default for finished='in_place', got {self.dialect}")
 
     def _check_selection(self) -> None:
         """What the selection asks of the other arguments."""
@@ -119,6 +149,8 @@ class BeamSearch:
             if width % self.selection.groups:
                 groups = self.selection.groups
                 raise ValueError(f"beam_size: expected a multiple of the {groups} groups of fb.{name}, got {width}")
+        if self.dialect.finishes != "beam" and "finishes" not in getattr(self.selection, "uses", ()):
+            raise ValueError(f"dialect: expected finishes='beam' with fb.{name}, got {self.dialect.finishes!r}")
         if self.selection.seed is None:
             return
         for scoring in self.length_penalty.values:
@@ -134,7 +166,8 @@ class BeamSearch:
     def per_request(self) -> tuple[PerRequest[Any], ...]:
         """The arguments that may differ by request."""
         numbers = self.beam_size, self.max_length, self.min_length, self.temperature, self.length_penalty
-        return (*numbers, self.constraint)
+        extras = () if self.budget is None or self.budget.tokens is None else (self.budget.tokens,)
+        return (*numbers, self.constraint, *extras)
 
     @staticmethod
     def _broadcast(*arguments: PerRequest[Any]) -> tuple[list[Any], ...]:
@@ -147,6 +180,7 @@ class BeamSearch:
         batch_size: int,
         device: torch.device | str = "cpu",
         request_ids: Tensor | Sequence[int] | None = None,
+        source_lengths: Tensor | Sequence[int] | None = None,
     ) -> State:
         """Start a search of ``batch_size`` requests.
 
@@ -154,11 +188,13 @@ class BeamSearch:
             batch_size: B; the length of every per-request list.
             device: where the logits will be.
             request_ids: int64 ``[B]``, name the requests for the randomness; default ``0 .. B - 1``.
+            source_lengths: per request, a list or CPU tensor ``[B]``: what ``max_length`` and ``min_length`` are
+                functions of, where they are.
 
         Returns:
             A :class:`State`: slot 0 of each request is live and empty.
         """
-        return start(self, batch_size, torch.device(device), request_ids)
+        return start(self, batch_size, torch.device(device), request_ids, source_lengths)
 
     def step(self, state: State, logits: Tensor, bitmask: Tensor | None = None) -> Step:
         """Consume the model's logits for the current beams and choose the next ones.
@@ -182,8 +218,9 @@ class BeamSearch:
         # nothing can be refused from here on: what follows changes the state
         if state.constraint is None and found.constraint is not None:
             begin(state, found.constraint, found.constraint_state)
-        state.vocab_size, state.without_eos = found.columns, found.without_eos
+        state.vocab_size, state.eos_bitmasks = found.columns, found.eos_bitmasks
         step = self._step_of_groups(state, self._advance(state, found.expansion, selected), found.given)
+        spend(state)
         per_request = state.beam_size if found.given is None else found.given
         constraint = state.constraint
         return step if constraint is None else follow_beams(state, constraint, step, self.pad_id, per_request)
@@ -217,14 +254,15 @@ class BeamSearch:
             *common,
             state.pool,
             state.limits,
+            state.bound,
             eos=state.eos,
             pad_id=self.pad_id,
-            by_arrival=self.stopping.by_arrival,
-            exact=self.stopping.exact,
+            rule=self.stopping.rule,
             bitmask=expansion.bitmask,
             temperature=expansion.temperature,
             end_penalty=selected.end_penalty,
             finishing=selected.finishing,
+            best_possible=selected.bound,
         )
 
     @staticmethod

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from flashbeam.kernels import Draws, History, Limits, Pool, Requests, Slots, root_nodes
 
-from .arguments import whole_number
-from .checks import as_request_ids
+from .arguments import of_source, whole_number
+from .checks import as_request_ids, as_source_lengths
 from .scoring import LengthPower, norm_tables
 from .state import State
 
@@ -20,24 +20,45 @@ if TYPE_CHECKING:
     from .search import BeamSearch
 
 
+_NO_QUOTA = torch.iinfo(torch.int32).max
+
+
 def start(
-    search: BeamSearch, batch_size: int, device: torch.device, request_ids: Tensor | Sequence[int] | None
+    search: BeamSearch,
+    batch_size: int,
+    device: torch.device,
+    request_ids: Tensor | Sequence[int] | None,
+    source_lengths: Tensor | Sequence[int] | None = None,
 ) -> State:
     """See ``BeamSearch.init``. A group of a beam is kept as a request of its own."""
     whole_number(1)("batch_size", batch_size)
     groups, seed = search.selection.groups, search.selection.seed
-    widths, max_lengths, min_lengths, temperatures, scorings, _ = (
-        [value for value in argument.of_batch(batch_size) for _ in range(groups)] for argument in search.per_request()
+    sources = as_source_lengths(source_lengths, batch_size)
+    min_lengths, max_lengths = (
+        of_source(limit, batch_size, sources) for limit in (search.min_length, search.max_length)
     )
+    limits = search.beam_size, search.temperature, search.length_penalty
+    widths, temperatures, scorings = (argument.of_batch(batch_size) for argument in limits)
+    search.check_lengths(min_lengths, max_lengths, scorings)
+    for argument in search.per_request():
+        argument.of_batch(batch_size)
+    budget = search.budget
+    tokens = None if budget is None or budget.tokens is None else budget.tokens.of_batch(batch_size)
     if seed is not None:  # what is sampled is not ranked by length
-        scorings = [LengthPower(0.0)] * len(scorings)
+        scorings = [LengthPower(0.0)] * batch_size
+    lows, highs = tuple(min_lengths), tuple(max_lengths)
+    widths, temperatures, scorings, min_lengths, max_lengths = (
+        [value for value in values for _ in range(groups)]
+        for values in (widths, temperatures, scorings, min_lengths, max_lengths)
+    )
     widths = [width // groups for width in widths]
     ids = as_request_ids(request_ids, batch_size, device)
     count, beams, steps = len(widths), max(widths), max(max_lengths)
+    in_place, quotas = search.finished == "in_place", list(map(search.stopping.quota, widths))
     # no more than this can ever finish
-    quotas = [min(search.stopping.quota(width), beams * steps) for width in widths]
-    in_place = search.finished == "in_place"
-    places = 1 if in_place else max(quotas) + beams if search.stopping.by_arrival else beams
+    bounded = [_NO_QUOTA if quota is None else min(quota, beams * steps) for quota in quotas]
+    places = 1 if in_place else max(bounded) + beams if search.stopping.rule.by_arrival else beams
+    norms = norm_tables(scorings, min_lengths, max_lengths, search.dialect.counts_eos)
 
     def on_device(values: Any, dtype: type) -> Tensor:
         return torch.from_numpy(np.asarray(values, dtype)).to(device, non_blocking=True)
@@ -82,9 +103,11 @@ def start(
             *(new(per_place, 0, torch.int32) for _ in range(4)),
         ),
         limits=Limits(
-            *(on_device(values, np.int32) for values in (widths, min_lengths, max_lengths, quotas)),
-            *(on_device(table, np.float32) for table in norm_tables(scorings, min_lengths, max_lengths)),
+            *(on_device(values, np.int32) for values in (widths, min_lengths, max_lengths, bounded)),
+            *(on_device(table, np.float32) for table in (norms.ended, norms.bound)),
         ),
+        bound=new((count,), torch.inf, torch.float32),
+        live_norm=on_device(norms.live, np.float32),
         temperature=None if flat else on_device(np.repeat(temperatures, beams), np.float32).view(per_slot),
         eos=on_device(search.eos_ids, np.int64) if search.eos_ids else None,
         request_ids=ids,
@@ -92,4 +115,9 @@ def start(
         selection=search.selection,
         in_place=in_place,
         pad_id=search.pad_id,
+        dialect=search.dialect,
+        min_lengths=lows,
+        max_lengths=highs,
+        tokens_left=None if tokens is None else on_device(tokens, np.int64),
+        deadline=None if budget is None else budget.deadline(),
     )

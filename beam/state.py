@@ -2,8 +2,9 @@
 
 import copy
 import functools
+import time
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,8 +12,19 @@ from torch import Tensor
 from flashbeam.kernels import FLAG_DEAD_END, Draws, History, Limits, Pool, Requests, Slots
 
 from .constraint import Bound
+from .dialect import Dialect
 from .hypotheses import Hypotheses, collect
 from .selection import Selection
+
+
+class EosBitmasks(NamedTuple):
+    """int32 ``[ceil(V / 32)]`` each, where there is use for it: known from the first logits on."""
+
+    without: Tensor | None = None  # every token but EOS
+    only: Tensor | None = None  # EOS and no other token
+
+
+NO_BITMASKS = EosBitmasks()
 
 
 @dataclass
@@ -30,6 +42,8 @@ class State:
     history: History
     pool: Pool
     limits: Limits
+    bound: Tensor  # float32 [B], the most that a hypothesis which is not in the pool can still score
+    live_norm: Tensor  # float32 [B, T + 1], as limits.length_norm, of hypotheses that have not ended
     temperature: Tensor | None  # float32 [B, K]; None where every request has 1
     eos: Tensor | None  # int64 [n]
     request_ids: Tensor  # int64 [B], key the randomness
@@ -37,10 +51,15 @@ class State:
     selection: Selection
     in_place: bool  # finished hypotheses stay in their slots
     pad_id: int
+    dialect: Dialect
+    min_lengths: tuple[int, ...]  # as in limits, on the host
+    max_lengths: tuple[int, ...]
+    tokens_left: Tensor | None = None  # int64 [B], of the budget
+    deadline: float | None = None  # of the budget, by time.monotonic()
     constraint: Bound | None = None  # bound to this batch at the first step
     constraint_state: Any = None  # a nest of tensors, rows first
     vocab_size: int | None = None  # known from the first logits on
-    without_eos: Tensor | None = None  # int32 [ceil(V / 32)], a bitmask of every token but EOS
+    eos_bitmasks: EosBitmasks = NO_BITMASKS
 
     @property
     def batch_size(self) -> int:
@@ -83,9 +102,13 @@ class State:
         """float32 ``[B, K]``: cumulative log-probability of what is in each slot; ``-inf`` in an empty one."""
         return self.slots.log_probs.view(self.batch_size, self.beam_size)
 
+    def out_of_time(self) -> bool:
+        """Whether the seconds of the search's budget are spent. Does not synchronise."""
+        return self.deadline is not None and time.monotonic() >= self.deadline
+
     def all_done(self) -> bool:
-        """Whether every request is done. Waits for the device: the loop's only synchronisation."""
-        return bool(self.requests.done.all())
+        """Whether every request is done, or the time is up. Waits for the device: the loop's only synchronisation."""
+        return self.out_of_time() or bool(self.requests.done.all())
 
     def best(self) -> Hypotheses:
         """The best hypothesis of each request so far, finished or not (``N = 1``), for streaming."""
@@ -101,7 +124,7 @@ def _cloned(value: Any) -> Any:
     """A nest with every tensor in it cloned."""
     if isinstance(value, Tensor):
         return value.clone()
-    if isinstance(value, (Selection, Bound)):  # settings
+    if isinstance(value, (Selection, Bound, Dialect)):  # settings
         return value
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         return type(value)(*map(_cloned, value))

@@ -1,38 +1,53 @@
-"""When a request is done, apart from ``max_length`` and having nothing left to expand.
+"""When a request is done, apart from ``max_length`` and having nothing left to expand; and what its pool keeps.
 
-A rule says what the pool keeps (the best by score, or all in order of arrival), how many finished hypotheses end the
-request, and whether the exact bound ends it. The device needs no more than that, so a rule costs no launch.
+A rule is a :class:`flashbeam.kernels.Rule` and a quota: the device needs no more than that, so a rule costs no launch.
 """
 
 import math
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
+from flashbeam.kernels import Rule
+
 from .arguments import positive_number
+
+_OVERFLOWS = ("never", "last", "step")
 
 
 @runtime_checkable
 class Stopping(Protocol):
     """A stopping rule."""
 
-    by_arrival: bool  # the pool keeps hypotheses in order of arrival, and quota of them end the request
-    exact: bool  # the request ends when no live beam can still enter the pool
+    @property
+    def rule(self) -> Rule:
+        """What the pool keeps, and whether live beams are compared with it."""
+        ...
 
-    def quota(self, beam_size: int) -> int:
-        """Finished hypotheses that end a request of this width; read only if ``by_arrival``."""
+    def quota(self, beam_size: int) -> int | None:
+        """Finished hypotheses that end a request of this width; ``None`` if no number of them does."""
         ...
 
 
 @dataclass(frozen=True)
 class Patience:
-    """Stop when ``ceil(p * beam_size)`` hypotheses have finished, kept in order of arrival (Kasai et al. 2022)."""
+    """Stop when ``ceil(p * beam_size)`` hypotheses have finished, kept in order of arrival (Kasai et al. 2022).
+
+    What one step finishes beyond that number is kept, best first: ``overflow="last"``, if it is the step at
+    ``max_length``; ``"never"``; or ``"step"``, always.
+    """
 
     p: float
-    by_arrival = True
-    exact = False
+    overflow: str = "last"
 
     def __post_init__(self) -> None:
         positive_number("p", self.p)
+        if self.overflow not in _OVERFLOWS:
+            raise ValueError(f"overflow: expected one of {list(_OVERFLOWS)}, got {self.overflow!r}")
+
+    @property
+    def rule(self) -> Rule:
+        """By arrival."""
+        return Rule(by_arrival=True, overflow=self.overflow)
 
     def quota(self, beam_size: int) -> int:
         """``ceil(p * beam_size)``; the margin forgives products such as 0.28 * 25 that land just above an integer."""
@@ -53,12 +68,10 @@ class FirstFinished(Patience):
 class Exhausted:
     """Run until no beam is live or ``max_length``; the pool keeps the best by score."""
 
-    by_arrival = False
-    exact = False
+    rule = Rule()
 
-    def quota(self, beam_size: int) -> int:
+    def quota(self, beam_size: int) -> None:
         """No quota."""
-        return beam_size
 
 
 @dataclass(frozen=True)
@@ -70,9 +83,49 @@ class Exact:
     still end at (docs/algorithms/deciding.md). It closes late when the length penalty is above 0.
     """
 
-    by_arrival = False
-    exact = True
+    rule = Rule(exact=True)
+
+    def quota(self, beam_size: int) -> None:
+        """No quota."""
+
+
+@dataclass(frozen=True)
+class Filled:
+    """Stop when the pool is full, which keeps the best by score: ``early_stopping=True`` of transformers.
+
+    It differs from :class:`FirstFinished` in the last step, whose hypotheses may replace earlier, worse ones.
+    """
+
+    rule = Rule()
 
     def quota(self, beam_size: int) -> int:
-        """No quota."""
+        """As many as there are places."""
         return beam_size
+
+
+@dataclass(frozen=True)
+class BestLive:
+    """Stop when the pool is full and the best live beam would not enter it as it is: ``early_stopping=False`` of
+    transformers.
+
+    A guess and not a bound where the length penalty is above 0: a longer hypothesis may still have entered.
+    """
+
+    rule = Rule(best_live=True)
+
+    def quota(self, beam_size: int) -> None:
+        """No quota."""
+
+
+@dataclass(frozen=True)
+class Shrinking:
+    """Every hypothesis that finishes takes its beam away; stop when none is left.
+
+    Among the K - F best candidates, F hypotheses having finished, those that are EOS finish and the others live on, as
+    in Bahdanau et al. 2014 (RNNsearch) and Marian.
+    """
+
+    rule = Rule(shrinks=True)
+
+    def quota(self, beam_size: int) -> None:
+        """No quota: a full pool leaves no beam."""

@@ -1,10 +1,10 @@
 """One step's bookkeeping where finished hypotheses leave the beam for a pool.
 
 Among the K best candidates of a request, EOS candidates included, those that end with EOS enter the pool; the K best
-others live on. Or the selection decides who does. The pool keeps the best K by score, or, for a patience rule, all in
-order of arrival. A request ends when its rule says so, at ``max_length`` (where the K best candidates of the step are
-hypotheses, ended or not), or when nothing is left to expand. One program owns a request; its work does not grow with
-the step.
+others live on. Or the selection decides who does. What the pool keeps and when a request ends is said by its
+:class:`Rule`; it also ends at ``max_length`` (where the K best candidates of the step are hypotheses, ended or not), or
+when nothing is left to expand. ``bound`` tells how good a hypothesis that is not in the pool can still become. One
+program owns a request; its work does not grow with the step.
 """
 
 import torch
@@ -16,6 +16,7 @@ from .beamstate import (
     Moves,
     Pool,
     Requests,
+    Rule,
     Slots,
     endings,
     fake_moves,
@@ -31,27 +32,35 @@ from .registration import register
 from .select import Candidates
 
 
-def _collect(pool: Pool, new: Pool, finish: Tensor, limits: Limits, last: Tensor, by_arrival: bool) -> None:
-    """Merge the candidates ``new [B, E]`` that ``finish`` into the pool."""
+def _collect(pool: Pool, new: Pool, finish: Tensor, limits: Limits, last: Tensor, rule: Rule) -> Tensor:
+    """Merge the candidates ``new [B, E]`` that ``finish`` into the pool.
+
+    Returns float32 ``[B]``: the best score of those that a quota kept out.
+    """
     places = pool.scores.shape[1]
     # behind what is in the pool, by rank within the step
     order = new.ranks.masked_fill(~finish, torch.iinfo(torch.int32).max).sort(1).indices[:, :places]
     finish = finish.gather(1, order)
     new = Pool(*(field.gather(1, order) for field in new))
     held = pool.log_probs > -torch.inf
-    if by_arrival:
-        number = held.sum(1, keepdim=True) + finish.cumsum(1)
-        finish &= (number <= limits.quota[:, None]) | last[:, None]
+    left_out = torch.zeros_like(finish)
+    if rule.by_arrival:
+        if rule.overflow != "step":
+            left_out = finish & (held.sum(1, keepdim=True) + finish.cumsum(1) > limits.quota[:, None])
+        if rule.overflow == "last":
+            left_out &= ~last[:, None]
+        finish &= ~left_out
         key = torch.cat([held, finish], 1).float()
     else:
         key = torch.cat([pool.scores, new.scores.masked_fill(~finish, -torch.inf)], 1)
     order = key.sort(dim=1, descending=True, stable=True).indices[:, :places]
     held = torch.cat([held, finish], 1).gather(1, order)
-    if not by_arrival:
+    if not rule.by_arrival:
         held &= torch.arange(places, device=held.device) < limits.width[:, None]
     for field, fresh in zip(pool, new, strict=True):
         empty = -torch.inf if field.is_floating_point() else 0
         field.copy_(torch.cat([field, fresh], 1).gather(1, order).masked_fill(~held, empty))
+    return new.scores.masked_fill(~left_out, -torch.inf).amax(1)
 
 
 def _advance_pool(
@@ -65,20 +74,29 @@ def _advance_pool(
     history_tensors: list[Tensor],
     pool_tensors: list[Tensor],
     limit_tensors: list[Tensor],
+    bound: Tensor,
     end_penalty: Tensor | None,
+    best_possible: Tensor | None,
     pad_id: int,
-    by_arrival: bool,
-    exact: bool,
     decided: bool,
+    by_arrival: bool,
+    overflow: str,
+    best_live: bool,
+    exact: bool,
+    shrinks: bool,
 ) -> Moves:
     """The torch definition."""
     best, slots, requests = Candidates(*candidates), Slots(*slot_tensors), Requests(*request_tensors)
     history, pool, limits = History(*history_tensors), Pool(*pool_tensors), Limits(*limit_tensors)
+    rule = Rule(by_arrival, overflow, best_live, exact, shrinks)
     batch, beams = slots.log_probs.shape
     live = ~requests.done
     length = next_length(requests, limits)
     last = limits.max_length == length
     width = limits.width[:, None]
+    held = (pool.log_probs > -torch.inf).sum(1)
+    room = width - held[:, None] if shrinks else width
+    left_out = torch.full_like(bound, -torch.inf)
     place = torch.arange(beams, device=logits.device)
     ranks = place.expand(batch, -1)
     if eos is not None:
@@ -95,23 +113,29 @@ def _advance_pool(
             )
             rank = torch.arange(order.shape[1], device=order.device).expand_as(order)
             ranks, end_ranks = torch.empty_like(order).scatter_(1, order, rank).split([beams, ends.tokens.shape[1]], 1)
-            finish = there if decided else there & (end_ranks < width)
+            finish = there if decided else there & (end_ranks < room)
             scores = ends.scores / limits.length_norm.gather(1, length[:, None])
             ids = (ends.tokens, ends.parents, requests.steps[:, None].expand_as(ends.tokens), end_ranks)
             new = Pool(scores, ends.log_probs, ends.token_log_probs, *(field.int() for field in ids))
-            _collect(pool, new, finish, limits, last, by_arrival)
+            left_out = _collect(pool, new, finish, limits, last, rule)
 
     keep = (best.log_probs > -torch.inf) & (place < width) & live[:, None]
-    if not decided:
-        keep &= (ranks < width) | ~last[:, None]
     held = (pool.log_probs > -torch.inf).sum(1)
-    stop = torch.zeros_like(live)
-    if by_arrival:
-        stop = held >= limits.quota
-    elif exact:
+    if not decided:
+        keep &= (ranks < room) | ~(torch.ones_like(last) if shrinks else last)[:, None]
+    elif shrinks:
+        keep &= place < width - held[:, None]
+    norms = (norm.gather(1, length[:, None])[:, 0] for norm in (limits.length_norm, limits.bound_norm))
+    as_it_is, possible = (best.scores[:, 0] / norm for norm in norms)
+    if best_possible is not None:
+        possible = best_possible
+    stop = held >= limits.quota
+    if best_live or exact:
         worst = pool.scores.gather(1, width.long() - 1)[:, 0]
-        bound = best.scores[:, 0] / limits.bound_norm.gather(1, length[:, None])[:, 0]
-        stop = (held >= limits.width) & (worst >= bound)
+        stop |= (held >= limits.width) & (worst >= (possible if exact else as_it_is))
+    none_left = ~keep.any(1)
+    possible = possible.masked_fill(last | none_left, -torch.inf)
+    bound.copy_(torch.where(live, torch.maximum(possible, left_out), bound))
     keep &= ~(stop & ~last)[:, None]  # a request ended by its rule has its pool
     none_left = ~keep.any(1)
     report_faults(requests, best.flags, live & none_left & (held == 0))
@@ -139,11 +163,16 @@ def _fake(
     history_tensors: list[Tensor],
     pool_tensors: list[Tensor],
     limit_tensors: list[Tensor],
+    bound: Tensor,
     end_penalty: Tensor | None,
+    best_possible: Tensor | None,
     pad_id: int,
-    by_arrival: bool,
-    exact: bool,
     decided: bool,
+    by_arrival: bool,
+    overflow: str,
+    best_live: bool,
+    exact: bool,
+    shrinks: bool,
 ) -> Moves:
     return fake_moves(candidates)
 
@@ -151,7 +180,8 @@ def _fake(
 _op = register(
     "advance_pool_(Tensor logits, Tensor? bitmask, Tensor? temperature, Tensor? eos, Tensor[] candidates, "
     "Tensor(a!)[] slots, Tensor(b!)[] requests, Tensor(c!)[] history, Tensor(d!)[] pool, Tensor[] limits, "
-    "Tensor? end_penalty, int pad_id, bool by_arrival, bool exact, bool decided) -> (Tensor, Tensor, Tensor, Tensor)",
+    "Tensor(e!) bound, Tensor? end_penalty, Tensor? best_possible, int pad_id, bool decided, bool by_arrival, "
+    "str overflow, bool best_live, bool exact, bool shrinks) -> (Tensor, Tensor, Tensor, Tensor)",
     _advance_pool,
     _fake,
     "advance_pool",
@@ -166,15 +196,16 @@ def advance_pool_(
     history: History,
     pool: Pool,
     limits: Limits,
+    bound: Tensor,
     *,
     eos: Tensor | None,
     pad_id: int,
-    by_arrival: bool,
-    exact: bool,
+    rule: Rule,
     bitmask: Tensor | None = None,
     temperature: Tensor | None = None,
     end_penalty: Tensor | None = None,
     finishing: Tensor | None = None,
+    best_possible: Tensor | None = None,
 ) -> Moves:
     """Take one decode step in place: finish, keep, record, stop.
 
@@ -184,16 +215,19 @@ def advance_pool_(
             order.
         slots, requests, history, pool: the search's tensors. Modified.
         limits: what the user set.
+        bound: float32 ``[B]``, the most that a hypothesis which is not in the pool can still score; ``-inf`` once there
+            is none. Modified.
         eos: ``[n]`` int64, or ``None`` if nothing ends a hypothesis.
         pad_id: token of idle slots.
-        by_arrival: the pool keeps hypotheses in order of arrival, and ``limits.quota`` of them end a request; otherwise
-            it keeps the best ``limits.width`` by score.
-        exact: end a request once no live beam can still enter its pool.
+        rule: what the pool keeps and when a request ends.
         bitmask, temperature: as given to ``top_candidates``; the bitmask may bar EOS.
         end_penalty: float32 ``[B, P * n]``, taken from the scores of EOS candidates, parent by parent; ``+inf`` bars
             one.
         finishing: bool ``[B, P * n]``, the EOS candidates that finish, K at most, where the selection has decided that.
             At ``max_length`` all of ``best`` become hypotheses then.
+        best_possible: float32 ``[B]``, the most that a beam which lives on can score in the end; ``+inf`` if that is
+            not known. Default: the score of the first of ``best`` over the greatest norm of the lengths still open,
+            which holds for scores that only fall.
 
     Returns:
         :class:`Moves`.
@@ -212,10 +246,11 @@ def advance_pool_(
             history,
             pool,
             limits,
+            bound,
             contiguous(end_penalty),
+            contiguous(best_possible),
             pad_id,
-            by_arrival,
-            exact,
             finishing is not None,
+            *rule,
         )
     )

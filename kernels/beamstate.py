@@ -73,9 +73,19 @@ class Limits(NamedTuple):
     width: Tensor  # int32 [B], beams in use
     min_length: Tensor  # int32 [B]
     max_length: Tensor  # int32 [B]
-    quota: Tensor  # int32 [B], finished hypotheses that end the request
-    length_norm: Tensor  # float32 [B, T + 1], score = log_prob / length_norm[length]
-    bound_norm: Tensor  # float32 [B, T + 1], greatest length_norm of a length still open after so many tokens
+    quota: Tensor  # int32 [B], finished hypotheses that end the request, whatever else does
+    length_norm: Tensor  # float32 [B, T + 1], score = log_prob / length_norm[length] of a finished hypothesis
+    bound_norm: Tensor  # float32 [B, T + 1], greatest norm of a length still open after so many tokens
+
+
+class Rule(NamedTuple):
+    """What a pool keeps, and when its request is done; besides, ``Limits.quota`` hypotheses in it end a request."""
+
+    by_arrival: bool = False  # the pool keeps hypotheses in order of arrival, not the best by score
+    overflow: str = "last"  # by arrival, when more than the quota are kept: "never", at the "last" step, at any "step"
+    best_live: bool = False  # done once the pool is full and the best live beam, scored as it is, is not better
+    exact: bool = False  # done once the pool is full and no live beam can still enter it
+    shrinks: bool = False  # every hypothesis in the pool takes a beam away
 
 
 class Moves(NamedTuple):

@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from flashbeam.kernels import Rule
+
 # sizes as users have them: divisible by 16 where theirs are
 BATCH, BEAMS, VOCAB, LENGTH = 8, 8, 128256, 512
 ROWS = BATCH * BEAMS
@@ -91,12 +93,9 @@ def _ancestry(beams: int = BEAMS) -> tuple[Tensor, ...]:
     return _new(BATCH, beams, LENGTH, dtype=_i32), _new(BATCH, beams, dtype=_i64), _new(1, dtype=_i64)[0]
 
 
-def _advance(
-    beams: int, pool: bool, n_eos: int = 2, options: bool = False, penalty: bool = False
-) -> tuple[object, ...]:
-    """The arguments of both launchers, fields in the order of ``kernels/beamstate.py``."""
+def _advance(beams: int, n_eos: int = 2, options: bool = False, penalty: bool = False) -> tuple[object, ...]:
+    """The arguments in place, fields in the order of ``kernels/beamstate.py``."""
     rows, slots, requests, table = BATCH * beams, (BATCH, beams), (BATCH,), (BATCH, LENGTH + 1)
-    places = [_new(*slots) for _ in range(3)] + [_new(*slots, dtype=_i32) for _ in range(4)]
     return (
         _new(rows, VOCAB, dtype=_bf16),
         _bits(rows) if options else None,
@@ -114,11 +113,17 @@ def _advance(
         [_new(*slots), *(_new(*slots, dtype=dtype) for dtype in (_i32, _i32, torch.bool, torch.bool)), _new(*slots)],
         [_new(*requests, dtype=dtype) for dtype in (torch.bool, _i32, _i32)],
         [_new(LENGTH, *slots, dtype=dtype) for dtype in (_i32, _i32, _f32)],
-        *([places] if pool else []),
         [*(_new(*requests, dtype=_i32) for _ in range(4)), _new(*table), _new(*table)],
         _new(BATCH, beams * n_eos) if penalty else None,
         0,
     )
+
+
+def _advance_pool(beams: int, rule: Rule, decided: bool = False, options: bool = False) -> tuple[object, ...]:
+    *common, limits, penalty, pad_id = _advance(beams, options=options, penalty=decided)
+    pool = [_new(BATCH, beams) for _ in range(3)] + [_new(BATCH, beams, dtype=_i32) for _ in range(4)]
+    best_possible = _new(BATCH) if options else None
+    return (*common, pool, limits, _new(BATCH), penalty, best_possible, pad_id, decided, *rule)
 
 
 def _draw(dtype: torch.dtype, k: int, options: bool = False) -> tuple[object, ...]:
@@ -140,7 +145,7 @@ def _draw(dtype: torch.dtype, k: int, options: bool = False) -> tuple[object, ..
 
 
 def _advance_chosen(beams: int, n_eos: int = 2) -> tuple[object, ...]:
-    _, _, _, eos, _, slots, requests, history, limits, *_ = _advance(beams, False, n_eos)
+    _, _, _, eos, _, slots, requests, history, limits, *_ = _advance(beams, n_eos)
     slot = (BATCH, beams)
     ids, floats = partial(_new, *slot, dtype=_i64), partial(_new, *slot)
     return (
@@ -293,20 +298,21 @@ def _cases() -> list[Case]:
             ),
         ),
         bitmask("launch_apply_bitmask_", "bf16", lambda: (_new(ROWS, VOCAB, dtype=_bf16), _bits())),
-        pool("8 beams, exact", lambda: (*_advance(8, True), False, True, False)),
-        pool("8 beams, by arrival", lambda: (*_advance(8, True), True, False, False), (90,)),
-        pool("8 beams, decided", lambda: (*_advance(8, True, penalty=True), False, True, True), (90,)),
-        pool("8 beams, by arrival, decided", lambda: (*_advance(8, True, penalty=True), True, False, True), (90,)),
+        pool("8 beams, exact", lambda: _advance_pool(8, Rule(exact=True))),
+        pool("8 beams, by arrival", lambda: _advance_pool(8, Rule(by_arrival=True)), (90,)),
+        pool("8 beams, by arrival, never more", lambda: _advance_pool(8, Rule(True, "never")), (90,)),
+        pool("8 beams, best live", lambda: _advance_pool(8, Rule(best_live=True)), (90,)),
+        pool("8 beams, shrinks", lambda: _advance_pool(8, Rule(shrinks=True)), (90,)),
+        pool("8 beams, decided", lambda: _advance_pool(8, Rule(exact=True), decided=True), (90,)),
+        pool("8 beams, by arrival, decided", lambda: _advance_pool(8, Rule(by_arrival=True), decided=True), (90,)),
         pool(
-            "256 beams, every option",
-            lambda: (*_advance(256, True, options=True, penalty=True), False, True, True),
-            (90,),
+            "256 beams, every option", lambda: _advance_pool(256, Rule(exact=True), options=True, decided=True), (90,)
         ),
-        pool("1024 beams", lambda: (*_advance(1024, True), False, True, False), (90,)),
-        in_place("8 beams", lambda: _advance(8, False)),
-        in_place("8 beams, no EOS", lambda: _advance(8, False, n_eos=0), (90,)),
-        in_place("8 beams, end penalty", lambda: _advance(8, False, penalty=True), (90,)),
-        in_place("1024 beams, every option", lambda: _advance(1024, False, options=True, penalty=True), (90,)),
+        pool("1024 beams", lambda: _advance_pool(1024, Rule(exact=True)), (90,)),
+        in_place("8 beams", lambda: _advance(8)),
+        in_place("8 beams, no EOS", lambda: _advance(8, n_eos=0), (90,)),
+        in_place("8 beams, end penalty", lambda: _advance(8, penalty=True), (90,)),
+        in_place("1024 beams, every option", lambda: _advance(1024, options=True, penalty=True), (90,)),
         draw("bf16, k = 8", lambda: _draw(_bf16, 8)),
         draw("fp32, k = 8, every option", lambda: _draw(_f32, 8, True), (90,)),
         draw("bf16, k = 256, every option", lambda: _draw(_bf16, 256, True), (90,)),

@@ -55,6 +55,7 @@ class Ranked(NamedTuple):
     candidates: Candidates
     end_penalty: Tensor | None = None  # float32 [B, P * n_eos], taken from the scores of EOS candidates; +inf bars one
     finishing: Tensor | None = None  # bool [B, P * n_eos], EOS candidates that finish, if not those among the K best
+    bound: Tensor | None = None  # float32 [B], the most that a beam which lives on can score, if norms do not say
 
 
 class Decided(NamedTuple):

@@ -57,7 +57,9 @@ def _advance_pool_kernel(
     quota_ptr,
     length_norm_ptr,
     bound_norm_ptr,
+    bound_ptr,  # *f32 [B], modified
     penalty_ptr,  # *f32 [B, E] or unused
+    best_possible_ptr,  # *f32 [B] or unused
     # Moves, the outputs
     out_tokens_ptr,
     out_parents_ptr,
@@ -80,10 +82,14 @@ def _advance_pool_kernel(
     HAS_BITMASK: tl.constexpr,
     HAS_TEMPERATURE: tl.constexpr,
     HAS_PENALTY: tl.constexpr,
+    HAS_POSSIBLE: tl.constexpr,
     N_EOS: tl.constexpr,
-    BY_ARRIVAL: tl.constexpr,
-    EXACT: tl.constexpr,
     DECIDED: tl.constexpr,
+    BY_ARRIVAL: tl.constexpr,
+    OVERFLOW: tl.constexpr,
+    BEST_LIVE: tl.constexpr,
+    EXACT: tl.constexpr,
+    SHRINKS: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_F: tl.constexpr,
@@ -111,6 +117,12 @@ def _advance_pool_kernel(
     increment = token_log_prob(adjusted, tl.load(lse_ptr + row + parent, mask=inside, other=0.0))
     lengths = tl.load(lengths_ptr + own, mask=inside, other=0)
     pool = request * places
+    pool_place = tl.arange(0, BLOCK_F)
+    room = width
+    if SHRINKS:
+        before = tl.load(pool_log_probs_ptr + pool + pool_place, mask=pool_place < places, other=-float("inf"))
+        room = width - tl.sum((before > -float("inf")).to(tl.int32), 0)
+    left_out = tl.full([], -float("inf"), tl.float32)
     rank = slot
     if N_EOS > 0:
         n_ends = parents * N_EOS
@@ -170,7 +182,7 @@ def _advance_pool_kernel(
                 end_rank = tl.load(all_ranks_ptr + beams + place, mask=place < n_ends, other=0)
                 end_log_prob = tl.load(end_log_probs_ptr + place, mask=place < n_ends, other=-float("inf"))
                 # those that the selection lets finish are behind K others and themselves at most
-                reach = 2 * beams if DECIDED else width
+                reach = 2 * beams if DECIDED else room
                 finish = (end_rank < reach) & (end_log_prob > -float("inf"))
                 tl.store(by_rank_ptr + end_rank, place, mask=finish)
             tl.debug_barrier()
@@ -188,7 +200,7 @@ def _advance_pool_kernel(
                 new_ranks = tl.load(by_rank_ptr + beams + slot, mask=inside, other=0)
             new = tl.load(by_rank_ptr + slot, mask=inside, other=-1)
             if tl.max(new, 0) >= 0:
-                collect(
+                left_out = collect(
                     new,
                     new_ranks,
                     end_log_probs_ptr,
@@ -214,24 +226,31 @@ def _advance_pool_kernel(
                     tl.load(length_norm_ptr + table),
                     N_EOS,
                     BY_ARRIVAL,
+                    OVERFLOW,
                     BLOCK,
                     BLOCK_K,
                     BLOCK_F,
                 )
 
     keep = (log_prob > -float("inf")) & (slot < width * live)
-    if not DECIDED:  # at the last step, only what is among the K best candidates is a hypothesis
-        keep = keep & (rank < tl.where(last, width, rank + 1))
-    place = tl.arange(0, BLOCK_F)
-    in_pool = tl.load(pool_log_probs_ptr + pool + place, mask=place < places, other=-float("inf"))
+    in_pool = tl.load(pool_log_probs_ptr + pool + pool_place, mask=pool_place < places, other=-float("inf"))
     held = tl.sum((in_pool > -float("inf")).to(tl.int32), 0)
-    stop = held < 0
-    if BY_ARRIVAL:
-        stop = held >= quota
-    elif EXACT:
+    if not DECIDED:  # at the last step, only what is among the K best candidates is a hypothesis
+        keep = keep & (rank < (room if SHRINKS else tl.where(last, width, rank + 1)))
+    elif SHRINKS:
+        keep = keep & (slot < width - held)
+    foremost_score = tl.load(best_scores_ptr + request * beams)
+    as_it_is = tl.div_rn(foremost_score, tl.load(length_norm_ptr + table))
+    possible = tl.div_rn(foremost_score, tl.load(bound_norm_ptr + table))
+    if HAS_POSSIBLE:
+        possible = tl.load(best_possible_ptr + request)
+    stop = held >= quota
+    if BEST_LIVE or EXACT:
         worst = tl.load(pool_scores_ptr + pool + width - 1)
-        bound = tl.div_rn(tl.load(best_scores_ptr + request * beams), tl.load(bound_norm_ptr + table))
-        stop = (held >= width) & (worst >= bound)
+        stop = stop | ((held >= width) & (worst >= (possible if EXACT else as_it_is)))
+    none_left = tl.max(keep.to(tl.int32), 0) == 0
+    bound = tl.maximum(tl.where(last | none_left, -float("inf"), possible), left_out)
+    tl.store(bound_ptr + request, bound, mask=live != 0)
     keep = keep & (slot < tl.where(stop & (last == 0), 0, beams))
     none_left = tl.max(keep.to(tl.int32), 0) == 0
     tl.debug_barrier()  # everything is read: what follows overwrites it
@@ -283,11 +302,16 @@ def launch_advance_pool_(
     history: list[Tensor],
     pool: list[Tensor],
     limits: list[Tensor],
+    bound: Tensor,
     end_penalty: Tensor | None,
+    best_possible: Tensor | None,
     pad_id: int,
-    by_arrival: bool,
-    exact: bool,
     decided: bool,
+    by_arrival: bool,
+    overflow: str,
+    best_live: bool,
+    exact: bool,
+    shrinks: bool,
 ) -> Moves:
     out = fake_moves(candidates)
     batch, beams = slots[0].shape
@@ -311,7 +335,9 @@ def launch_advance_pool_(
         *history,
         *pool,
         *limits,
+        bound,
         logits if end_penalty is None else end_penalty,
+        logits if best_possible is None else best_possible,
         *out,
         keys,
         floats,
@@ -327,10 +353,14 @@ def launch_advance_pool_(
         HAS_BITMASK=bitmask is not None,
         HAS_TEMPERATURE=temperature is not None,
         HAS_PENALTY=end_penalty is not None,
+        HAS_POSSIBLE=best_possible is not None,
         N_EOS=n_eos,
-        BY_ARRIVAL=by_arrival,
-        EXACT=exact,
         DECIDED=decided,
+        BY_ARRIVAL=by_arrival,
+        OVERFLOW=overflow,
+        BEST_LIVE=best_live,
+        EXACT=exact,
+        SHRINKS=shrinks,
         BLOCK=32 if wide else 16,
         BLOCK_K=triton.next_power_of_2(beams),
         BLOCK_F=triton.next_power_of_2(places),

@@ -67,11 +67,12 @@ def collect(
     # meta-parameters
     N_EOS: tl.constexpr,
     BY_ARRIVAL: tl.constexpr,
+    OVERFLOW: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_F: tl.constexpr,
 ):
-    """Merge new hypotheses into the pool: see ``_collect`` of the torch definition."""
+    """Merge new hypotheses into the pool: see ``_collect`` of the torch definition. Returns what it returns."""
     slot = tl.arange(0, BLOCK_K)
     fresh = new >= 0
     place = tl.arange(0, BLOCK_F)
@@ -82,9 +83,13 @@ def collect(
     log_probs = tl.load(log_probs_ptr + place, mask=inside, other=-float("inf"))
     held = log_probs > -float("inf")
     n_held = tl.sum(held.to(tl.int32), 0)
+    left_out = fresh & (slot < 0)
     if BY_ARRIVAL:
-        number = n_held + tl.cumsum(fresh.to(tl.int32), 0)
-        fresh = fresh & (number <= tl.where(last, places, quota))
+        if OVERFLOW != "step":
+            left_out = fresh & (n_held + tl.cumsum(fresh.to(tl.int32), 0) > quota)
+            if OVERFLOW == "last":
+                left_out = left_out & (slot < tl.where(last, 0, beams))
+        fresh = fresh & ~left_out
         to = n_held + tl.cumsum(fresh.to(tl.int32), 0) - 1
         fresh = fresh & (to < places)
     else:
@@ -120,3 +125,4 @@ def collect(
     tl.store(steps_ptr + to, tl.zeros([BLOCK_K], tl.int32) + steps, mask=fresh)
     tl.store(ranks_ptr + to, ranks, mask=fresh)
     tl.debug_barrier()
+    return tl.max(tl.where(left_out, new_scores, -float("inf")), 0)
