@@ -27,6 +27,7 @@ class Hypotheses:
     finished: Tensor  # bool [B, N], ended with EOS
     beam_size: Tensor  # int64 [B], of the search that found them
     exact: Tensor  # bool [B], without early stopping or a budget the same beam would return just these
+    slots: Tensor  # int64 [B, N, T], slot of the beam that each token continued; -1 behind the end
     sampling_log_probs: Tensor | None = None  # float32 [B, N], of what was sampled from; -inf where not valid
     log_inclusion: Tensor | None = None  # float32 [B, N], log-probability of being in the sample; 0 where not valid
     perturbed: Tensor | None = None  # float32 [B, N], what orders the sample of fb.Stochastic: its scores
@@ -125,12 +126,15 @@ def _merge_groups(state: State, found: Hypotheses, num_hypotheses: int | None) -
     fields = {name: field for name, field in vars(found).items() if field is not None}
     beam_size = fields.pop("beam_size").view(-1, state.groups).sum(1)
     exact = fields.pop("exact").view(-1, state.groups).all(1)
+    first_slot = torch.arange(0, state.beam_size, state.slots.ended.shape[1], device=state.device)
+    shift = first_slot.repeat(state.batch_size)[:, None, None]
+    fields["slots"] = torch.where(fields["slots"] < 0, -1, fields["slots"] + shift)
     fields = {name: field.unflatten(0, (-1, state.groups)).flatten(1, 2) for name, field in fields.items()}
     count = state.beam_size if num_hypotheses is None else num_hypotheses
     order = fields["scores"].sort(dim=1, descending=True, stable=True).indices[:, :count]
     request = torch.arange(order.shape[0], device=order.device)[:, None]
     best = {name: field[request, order] for name, field in fields.items()}
-    return Hypotheses(**_pad(best, count, tokens=state.pad_id), beam_size=beam_size, exact=exact)
+    return Hypotheses(**_pad(best, count, tokens=state.pad_id, slots=-1), beam_size=beam_size, exact=exact)
 
 
 def _is_exact(state: State, best: _Endings, asked: Tensor) -> Tensor:
@@ -169,7 +173,9 @@ def _collect(state: State, num_hypotheses: int | None) -> Hypotheses:
     tokens = state.history.tokens.long().gather(2, index).permute(1, 2, 0)
     token_log_probs = state.history.token_log_probs.gather(2, index).permute(1, 2, 0)
     lengths = best.lengths.masked_fill(~valid, 0)
-    at_eos = torch.arange(slots.shape[2], device=slots.device) == lengths[:, :, None] - 1
+    place = torch.arange(slots.shape[2], device=slots.device)
+    continued = torch.nn.functional.pad(slots[:, :, :-1], (1, 0)).masked_fill(place >= lengths[:, :, None], -1)
+    at_eos = place == lengths[:, :, None] - 1
     at_eos &= (valid & (best.eos >= 0))[:, :, None]
     tokens = torch.where(at_eos, best.eos[:, :, None], tokens.masked_fill(~on_path, state.pad_id))
     token_log_probs = torch.where(at_eos, best.eos_log_probs[:, :, None], token_log_probs.masked_fill(~on_path, 0.0))
@@ -192,5 +198,6 @@ def _collect(state: State, num_hypotheses: int | None) -> Hypotheses:
         finished=best.finished & valid,
         beam_size=state.limits.width.long(),
         exact=exact,
+        slots=continued,
         **{name: reported[name] for name in state.selection.reports},
     )
