@@ -15,7 +15,7 @@ class Dialect:
             2 K best (``"double"``), or if its token is among the 2 K best of its own row (``"row"``).
         at_max_length: of the candidates of the last step, the K best are hypotheses, ended or not (``"compete"``); or
             only EOS is left to choose, at its log-probability (``"end"``); or what has not ended is returned only by
-            requests where nothing has finished (``"spare"``).
+            requests where nothing has finished, ranked by log-probability (``"spare"``).
         counts_eos: whether the length that a finished hypothesis is normalised by counts its EOS.
 
     Raises:

@@ -58,6 +58,7 @@ def start(
     # no more than this can ever finish
     bounded = [_NO_QUOTA if quota is None else min(quota, beams * steps) for quota in quotas]
     places = 1 if in_place else max(bounded) + beams if search.stopping.rule.by_arrival else beams
+    spare = search.dialect.at_max_length == "spare"
     norms = norm_tables(scorings, min_lengths, max_lengths, search.dialect.counts_eos)
 
     def on_device(values: Any, dtype: type) -> Tensor:
@@ -107,7 +108,7 @@ def start(
             *(on_device(table, np.float32) for table in (norms.ended, norms.bound)),
         ),
         bound=new((count,), torch.inf, torch.float32),
-        live_norm=on_device(norms.live, np.float32),
+        live_norm=on_device(np.ones_like(norms.live) if spare else norms.live, np.float32),
         temperature=None if flat else on_device(np.repeat(temperatures, beams), np.float32).view(per_slot),
         eos=on_device(search.eos_ids, np.int64) if search.eos_ids else None,
         request_ids=ids,
@@ -120,4 +121,5 @@ def start(
         max_lengths=highs,
         tokens_left=None if tokens is None else on_device(tokens, np.int64),
         deadline=None if budget is None else budget.deadline(),
+        source_lengths=None if sources is None else on_device(sources, np.float32),
     )

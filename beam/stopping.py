@@ -9,7 +9,7 @@ from typing import Protocol, runtime_checkable
 
 from flashbeam.kernels import Rule
 
-from .arguments import positive_number
+from .arguments import positive_number, whole_number
 
 _OVERFLOWS = ("never", "last", "step")
 
@@ -129,3 +129,21 @@ class Shrinking:
 
     def quota(self, beam_size: int) -> None:
         """No quota: a full pool leaves no beam."""
+
+
+@dataclass(frozen=True)
+class BestFinished:
+    """Stop when ``count`` hypotheses have finished and one of them was the best candidate of its step, EOS or not.
+
+    The pool keeps the best by score. So CTranslate2 stops without a length penalty.
+    """
+
+    count: int = 1
+    rule = Rule(awaits_best=True)
+
+    def __post_init__(self) -> None:
+        whole_number(1)("count", self.count)
+
+    def quota(self, beam_size: int) -> int:
+        """``count``, as far as there are places."""
+        return min(self.count, beam_size)

@@ -84,11 +84,12 @@ def _advance_pool(
     best_live: bool,
     exact: bool,
     shrinks: bool,
+    awaits_best: bool,
 ) -> Moves:
     """The torch definition."""
     best, slots, requests = Candidates(*candidates), Slots(*slot_tensors), Requests(*request_tensors)
     history, pool, limits = History(*history_tensors), Pool(*pool_tensors), Limits(*limit_tensors)
-    rule = Rule(by_arrival, overflow, best_live, exact, shrinks)
+    rule = Rule(by_arrival, overflow, best_live, exact, shrinks, awaits_best)
     batch, beams = slots.log_probs.shape
     live = ~requests.done
     length = next_length(requests, limits)
@@ -130,6 +131,8 @@ def _advance_pool(
     if best_possible is not None:
         possible = best_possible
     stop = held >= limits.quota
+    if awaits_best:
+        stop &= ((pool.ranks == 0) & (pool.log_probs > -torch.inf)).any(1)
     if best_live or exact:
         worst = pool.scores.gather(1, width.long() - 1)[:, 0]
         stop |= (held >= limits.width) & (worst >= (possible if exact else as_it_is))
@@ -173,6 +176,7 @@ def _fake(
     best_live: bool,
     exact: bool,
     shrinks: bool,
+    awaits_best: bool,
 ) -> Moves:
     return fake_moves(candidates)
 
@@ -181,7 +185,7 @@ _op = register(
     "advance_pool_(Tensor logits, Tensor? bitmask, Tensor? temperature, Tensor? eos, Tensor[] candidates, "
     "Tensor(a!)[] slots, Tensor(b!)[] requests, Tensor(c!)[] history, Tensor(d!)[] pool, Tensor[] limits, "
     "Tensor(e!) bound, Tensor? end_penalty, Tensor? best_possible, int pad_id, bool decided, bool by_arrival, "
-    "str overflow, bool best_live, bool exact, bool shrinks) -> (Tensor, Tensor, Tensor, Tensor)",
+    "str overflow, bool best_live, bool exact, bool shrinks, bool awaits_best) -> (Tensor, Tensor, Tensor, Tensor)",
     _advance_pool,
     _fake,
     "advance_pool",

@@ -86,6 +86,7 @@ class Rule(NamedTuple):
     best_live: bool = False  # done once the pool is full and the best live beam, scored as it is, is not better
     exact: bool = False  # done once the pool is full and no live beam can still enter it
     shrinks: bool = False  # every hypothesis in the pool takes a beam away
+    awaits_best: bool = False  # the quota ends a request only once the best candidate of some step has finished
 
 
 class Moves(NamedTuple):

@@ -184,6 +184,50 @@ def _filter_bitmask(dtype: torch.dtype, options: bool, *filters: float) -> tuple
     return _new(ROWS, VOCAB, dtype=dtype), VOCAB, bits, temperature, *filters
 
 
+def _mixture(models: int, loglinear: bool = False, options: bool = False) -> tuple[object, ...]:
+    return (
+        [_new(ROWS, VOCAB, dtype=(_bf16, _f32)[i % 2]) for i in range(models)],
+        _new(ROWS, models),
+        _new(ROWS, models) if options or not loglinear else None,
+        _new(models) if options else None,
+        _new(ROWS, models, dtype=_i64) if options else None,
+        _new(ROWS, dtype=torch.bool) if options else None,
+        VOCAB,
+        loglinear,
+    )
+
+
+def _contrast(weight: float | None, options: bool = False) -> tuple[object, ...]:
+    return (
+        _new(ROWS, VOCAB, dtype=_bf16),
+        [_new(ROWS, VOCAB, dtype=_f32 if options else _bf16)] * 2,
+        _new(ROWS),
+        _new(ROWS, 2),
+        _new(ROWS),
+        _new(ROWS) if options else None,
+        _new(ROWS) if options else None,
+        _new(ROWS, dtype=_i64) if options else None,
+        _new(ROWS, dtype=torch.bool) if options else None,
+        VOCAB,
+        weight,
+        -2.3,
+    )
+
+
+def _divergence(dola: bool, options: bool = False) -> tuple[object, ...]:
+    return (
+        _new(ROWS, VOCAB, dtype=_bf16),
+        _new(ROWS, VOCAB, dtype=_f32 if options else _bf16),
+        _new(ROWS),
+        _new(ROWS),
+        _new(ROWS) if options else None,
+        _new(ROWS) if options else None,
+        _new(ROWS, dtype=torch.bool) if options else None,
+        VOCAB,
+        dola,
+    )
+
+
 def _edges(targets: bool, lengths: int = 1) -> tuple[object, ...]:
     """The fields of ``kernels/automaton.py``'s Edges: a trie of a million items, or an automaton."""
     states = 4_000_001
@@ -249,6 +293,9 @@ def _cases() -> list[Case]:
     invert = partial(Case, "invert", "launch_invert_cdf")
     filters = partial(Case, "filters", "launch_filter_bitmask")
     automaton = partial(Case, "automaton")
+    mixture = partial(Case, "mixture", "launch_mixture")
+    contrast = partial(Case, "contrast", "launch_contrast")
+    divergence = partial(Case, "divergence", "launch_divergence")
     listed_sums = partial(Case, "listed_summary", "launch_summarize_listed")
     listed_best = partial(Case, "listed_select", "launch_select_listed")
     return [
@@ -302,7 +349,7 @@ def _cases() -> list[Case]:
         pool("8 beams, by arrival", lambda: _advance_pool(8, Rule(by_arrival=True)), (90,)),
         pool("8 beams, by arrival, never more", lambda: _advance_pool(8, Rule(True, "never")), (90,)),
         pool("8 beams, best live", lambda: _advance_pool(8, Rule(best_live=True)), (90,)),
-        pool("8 beams, shrinks", lambda: _advance_pool(8, Rule(shrinks=True)), (90,)),
+        pool("8 beams, shrinks", lambda: _advance_pool(8, Rule(shrinks=True, awaits_best=True)), (90,)),
         pool("8 beams, decided", lambda: _advance_pool(8, Rule(exact=True), decided=True), (90,)),
         pool("8 beams, by arrival, decided", lambda: _advance_pool(8, Rule(by_arrival=True), decided=True), (90,)),
         pool(
@@ -328,6 +375,15 @@ def _cases() -> list[Case]:
         filters("fp16, min-p", lambda: _filter_bitmask(torch.float16, False, 0, 1.0, 0.1), (90,)),
         filters("bf16, top-p", lambda: _filter_bitmask(_bf16, False, 0, 0.9, 0.0)),
         filters("fp32, every option", lambda: _filter_bitmask(_f32, True, 50, 0.9, 0.1)),
+        mixture("bf16 and fp32", lambda: _mixture(2)),
+        mixture("6 models, every option", lambda: _mixture(6, options=True), (90,)),
+        mixture("log", lambda: _mixture(2, loglinear=True), (90,)),
+        mixture("log, every option", lambda: _mixture(2, loglinear=True, options=True), (90,)),
+        contrast("difference", lambda: _contrast(None)),
+        contrast("weighted, every option", lambda: _contrast(0.5, True), (90,)),
+        contrast("weight 0", lambda: _contrast(0.0), (90,)),
+        divergence("jsd", lambda: _divergence(False)),
+        divergence("dola, every option", lambda: _divergence(True, True), (90,)),
         automaton("launch_follow", "tree", lambda: (*_edges(False)[:3], _rows_in(False)[0], _sources())),
         automaton("launch_follow", "targets", lambda: (*_edges(True)[:3], _rows_in(False)[0], _sources()), (90,)),
         automaton("launch_listed_bitmask", "tree", lambda: (*_edges(False), *_rows_in(False), VOCAB), (90,)),

@@ -42,6 +42,7 @@ RULES = [
     fb.Filled(),
     fb.BestLive(),
     fb.Shrinking(),
+    fb.BestFinished(2),
 ]
 # in place, no rule reaches the kernel; four seeds go through four sets of EOS
 SETTINGS = [*(("pool", rule, 4) for rule in RULES), ("in_place", fb.FirstFinished(), 8)]
@@ -523,6 +524,8 @@ class Oracle:
         else:
             self.pool = sorted(self.pool + new, key=lambda b: -b.score)[: self.width]
         stop = len(self.pool) >= self.quota
+        if self.rule.awaits_best:
+            stop = stop and any(b.rank == 0 for b in self.pool)
         possible = others[0].score / self.bounds[self.steps] if others else -INF
         if len(self.pool) == self.width and (self.rule.exact or self.rule.best_live):
             as_it_is = others[0].score / norm if others else -INF

@@ -90,6 +90,7 @@ def _advance_pool_kernel(
     BEST_LIVE: tl.constexpr,
     EXACT: tl.constexpr,
     SHRINKS: tl.constexpr,
+    AWAITS_BEST: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_F: tl.constexpr,
@@ -245,6 +246,9 @@ def _advance_pool_kernel(
     if HAS_POSSIBLE:
         possible = tl.load(best_possible_ptr + request)
     stop = held >= quota
+    if AWAITS_BEST:
+        at_end = tl.load(pool_ranks_ptr + pool + pool_place, mask=in_pool > -float("inf"), other=1)
+        stop = stop & (tl.min(at_end, 0) == 0)
     if BEST_LIVE or EXACT:
         worst = tl.load(pool_scores_ptr + pool + width - 1)
         stop = stop | ((held >= width) & (worst >= (possible if EXACT else as_it_is)))
@@ -312,6 +316,7 @@ def launch_advance_pool_(
     best_live: bool,
     exact: bool,
     shrinks: bool,
+    awaits_best: bool,
 ) -> Moves:
     out = fake_moves(candidates)
     batch, beams = slots[0].shape
@@ -361,6 +366,7 @@ def launch_advance_pool_(
         BEST_LIVE=best_live,
         EXACT=exact,
         SHRINKS=shrinks,
+        AWAITS_BEST=awaits_best,
         BLOCK=32 if wide else 16,
         BLOCK_K=triton.next_power_of_2(beams),
         BLOCK_F=triton.next_power_of_2(places),
