@@ -23,7 +23,7 @@ from .estimate import estimate, weights
 from .hypotheses import Hypotheses
 from .noise import Noised, noise
 from .p_exact import PExact, p_exact
-from .scoring import GNMT
+from .scoring import GNMT, UID, Coverage, LengthPower, TokenReward, WordReward
 from .search import BeamSearch, Step
 from .selection import (
     Arithmetic,
@@ -36,7 +36,7 @@ from .selection import (
     TopK,
 )
 from .state import State
-from .stopping import BestLive, Exact, Exhausted, Filled, FirstFinished, Patience, Shrinking
+from .stopping import BestFinished, BestLive, Exact, Exhausted, Filled, FirstFinished, Patience, Shrinking
 
 __version__ = "0.1.0"
 
@@ -46,14 +46,17 @@ __all__ = [
     "FLAG_INF",
     "FLAG_NAN",
     "GNMT",
+    "UID",
     "AllOf",
     "Arithmetic",
     "Automaton",
     "BeamSearch",
+    "BestFinished",
     "BestLive",
     "Budget",
     "ConditionalPoisson",
     "Copy",
+    "Coverage",
     "Dialect",
     "DiverseGroups",
     "DiverseSiblings",
@@ -65,6 +68,7 @@ __all__ = [
     "ForbiddenPhrases",
     "Grammar",
     "Hypotheses",
+    "LengthPower",
     "NoRepeatNgram",
     "Noised",
     "PExact",
@@ -78,8 +82,10 @@ __all__ = [
     "Step",
     "Stochastic",
     "SuffixVeto",
+    "TokenReward",
     "TopK",
     "Trie",
+    "WordReward",
     "decode",
     "estimate",
     "noise",

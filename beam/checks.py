@@ -64,6 +64,24 @@ def as_bitmask(state: "State", bitmask: Tensor, rows: int, vocab_size: int, name
     return flat if flat.shape[0] == rows else flat.repeat_interleave(rows // batch, 0)
 
 
+def as_attention(state: "State", attention: Tensor, rows: int) -> Tensor:
+    """Attention to the source with one row per row of logits, ``[R, S]``, without gradient."""
+    if not isinstance(attention, Tensor):
+        raise TypeError(f"attention: expected a tensor, got {type(attention).__name__}")
+    batch, size = state.batch_size, state.source_size
+    wanted = attention.shape[-1] if size is None and attention.dim() else size
+    if tuple(attention.shape) not in {(rows, wanted), (batch, rows // batch, wanted)} or not wanted:
+        s = "S" if size is None else str(size)
+        choice = f"[{rows}, {s}] or [{batch}, {rows // batch}, {s}]"
+        raise ValueError(f"attention: expected shape {choice}, got {list(attention.shape)}")
+    if attention.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        kind = str(attention.dtype).removeprefix("torch.")
+        raise TypeError(f"attention: expected float32, float16 or bfloat16, got {kind}")
+    if attention.device != state.device:
+        raise ValueError(f"attention: expected a tensor on {state.device}, got one on {attention.device}")
+    return attention.detach().flatten(0, -2)
+
+
 def as_bools(state: "State", given: Tensor, rows: int, name: str, columns: int | None = None) -> Tensor:
     """bool ``[rows]`` or ``[rows, columns]``, on the search's device."""
     shape = [rows] if columns is None else [rows, columns]

@@ -23,7 +23,7 @@ FAILED = "the constraint raised an error when its state was to follow the beams"
 @torch.inference_mode(False)  # as in BeamSearch.init
 def begin(state: State, constraint: Bound, first: Any) -> None:
     """Take the constraint and its ``first`` state of all slots into the search's."""
-    state.constraint, state.constraint_state = constraint, _written((), first)
+    state.constraint, state.constraint_state = constraint, written((), first)
 
 
 def follow_beams(state: State, constraint: Bound, step: Step, pad_id: int, per_request: int) -> Step:
@@ -37,7 +37,7 @@ def follow_beams(state: State, constraint: Bound, step: Step, pad_id: int, per_r
     before, state.constraint_state = state.constraint_state, FAILED  # if it raises
     moved = constraint.move(before, rows, step.tokens.flatten(), live.flatten())
     accepted = constraint.accepts(moved)
-    state.constraint_state = _written(before, moved)
+    state.constraint_state = written(before, moved)
     if accepted is None:
         return step
     rejected = _reject_unaccepted(state, live, as_bools(state, accepted, live.numel(), "constraint's accepts"))
@@ -53,7 +53,7 @@ def follow_beams(state: State, constraint: Bound, step: Step, pad_id: int, per_r
     )
 
 
-def _written(old: Any, new: Any) -> Any:
+def written(old: Any, new: Any) -> Any:
     """``new`` in the memory of ``old``, where a captured step looks for it, as far as the two are alike."""
     try:
         leaves = [leaf for _, leaf in leaves_of(new, "state")]

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from flashbeam.kernels import pack_bitmask
 
-from .checks import as_bitmask, as_bools, as_rows
+from .checks import as_attention, as_bitmask, as_bools, as_rows
 from .constrained import FAILED
 from .constraint import Bound, Context, Proposed, bind
+from .scoring.running import begin_terms, terms_of_rows
 from .selection import Expansion, Veto
 from .state import NO_BITMASKS, EosBitmasks
 
@@ -30,9 +31,12 @@ class Expanded(NamedTuple):
     constraint_state: Any  # of the B * K slots
     eos_bitmasks: EosBitmasks
     given: int | None  # rows per request that were repeated for the groups of a beam; None at later steps
+    term_stats: tuple[Any, ...]  # of the B * K slots, before the step
 
 
-def expand(search: BeamSearch, state: State, logits: Tensor, bitmask: Tensor | None) -> Expanded:
+def expand(
+    search: BeamSearch, state: State, logits: Tensor, bitmask: Tensor | None, attention: Tensor | None
+) -> Expanded:
     """Check what a step is given and say what may follow. Changes nothing."""
     rows, vocab_size = as_rows(state, logits, search.vocab_size, search.eos_ids)
     mask = None if bitmask is None else as_bitmask(state, bitmask, rows.shape[0], vocab_size)
@@ -55,7 +59,9 @@ def expand(search: BeamSearch, state: State, logits: Tensor, bitmask: Tensor | N
         uses = getattr(search.selection, "uses", ())
         if "banks" in uses:
             banks = constraint.banks(now)
-        if "lists" in uses and banks is None:
+        if banks is not None and search.terms:
+            raise ValueError("constraint: expected one without banks for a search with terms, got fb.Phrases")
+        if "lists" in uses and banks is None and not search.terms and search.dialect.finishes != "row":
             listed, ours = constraint.listed(now)
         else:
             ours = constraint.bitmask(now)
@@ -64,6 +70,9 @@ def expand(search: BeamSearch, state: State, logits: Tensor, bitmask: Tensor | N
             mask = ours if mask is None else ours & mask
         if constraint.considers is not None:
             veto = Veto(partial(_ask, state, constraint, now), constraint.considers)
+        if search.dialect.finishes != "beam" and not (banks is None and veto is None):
+            kind = "a veto" if banks is None else "phrases"
+            raise ValueError(f"dialect: expected finishes='beam' with {kind}, got {search.dialect.finishes!r}")
 
     renormalizes = _renormalizes(search)
     if eos_bitmasks.only is not None:
@@ -73,6 +82,9 @@ def expand(search: BeamSearch, state: State, logits: Tensor, bitmask: Tensor | N
     if eos_bitmasks.without is not None and listed is None:  # for those who renormalise or weigh the rest
         banned = state.requests.steps + 1 < state.limits.min_length
         allowed = _masked_where(banned, eos_bitmasks.without, mask, rows.shape[0])
+    term_stats = begin_terms(search.terms, state) if first else state.term_stats
+    attention = _attention(search, state, attention, rows.shape[0])
+    terms = terms_of_rows(search.terms, term_stats, state, rows.shape[0], attention) if search.terms else None
     parents = rows.shape[0] // state.requests.done.shape[0]
     expansion = Expansion(
         logits=rows,
@@ -95,8 +107,21 @@ def expand(search: BeamSearch, state: State, logits: Tensor, bitmask: Tensor | N
         listed=listed,
         banks=banks,
         veto=veto,
+        finishes=search.dialect.finishes,
+        terms=terms,
     )
-    return Expanded(expansion, logits.shape[-1], constraint, slots_state, eos_bitmasks, given if first else None)
+    given_first = given if first else None
+    return Expanded(expansion, logits.shape[-1], constraint, slots_state, eos_bitmasks, given_first, term_stats)
+
+
+def _attention(search: BeamSearch, state: State, attention: Tensor | None, rows: int) -> Tensor | None:
+    """``[R, S]``, for the terms that read it."""
+    reader = next((term for term in search.terms if term.reads_attention), None)
+    if reader is None and attention is not None:
+        raise ValueError("attention: expected None without a term that reads it, such as fb.Coverage, got a tensor")
+    if reader is not None and attention is None:
+        raise ValueError(f"attention: expected a tensor for {reader}, got None")
+    return None if attention is None else as_attention(state, attention, rows)
 
 
 def _ask(state: State, constraint: Bound, now: Any, proposed: Proposed) -> Tensor:

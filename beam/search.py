@@ -16,6 +16,7 @@ from .dialect import Dialect
 from .expansion import expand
 from .hypotheses import Hypotheses, collect
 from .scoring import LengthPower, Scoring, as_scoring, check_norms
+from .scoring.running import as_terms, follow_terms
 from .selection import Decided, Expansion, Ranked, Selection, TopK
 from .start import start
 from .state import State
@@ -59,6 +60,8 @@ class BeamSearch:
         dialect: who may finish, what becomes of live beams at ``max_length``, what the length counts:
             ``fb.Dialect(...)``; only where finished hypotheses go to a pool.
         budget: ``fb.Budget(tokens, seconds)``: stop when it is spent and return the best so far; ``None``: no limit.
+        terms: what is added to the score: ``fb.UID(kind, strength)``, ``fb.TokenReward(r)``, ``fb.WordReward(r, ids)``,
+            ``fb.Coverage(beta)`` or one's own (:class:`flashbeam.scoring.Term`); a list of them. See docs/scoring.md.
 
     Raises:
         ValueError, TypeError: ``<argument>: expected X, got Y``.
@@ -82,6 +85,7 @@ class BeamSearch:
         vocab_size: int | None = None,
         dialect: Dialect | None = None,
         budget: Budget | None = None,
+        terms: Any = (),
     ):
         self.beam_size = PerRequest("beam_size", beam_size, whole_number(1))
         self.max_length = PerRequest("max_length", max_length, length_limit(1))
@@ -112,8 +116,10 @@ class BeamSearch:
         self.budget = budget
         if budget is not None and not isinstance(budget, Budget):
             raise TypeError(f"budget: expected fb.Budget(...) or None, got {type(budget).__name__}")
+        self.terms = as_terms(terms)
         self._check_selection()
         self._check_regime()
+        self._check_terms()
         batch_sizes = {argument.name: len(argument.values) for argument in self.per_request() if not argument.shared}
         if len(set(batch_sizes.values())) > 1:
             name, size = next(iter(batch_sizes.items()))
@@ -135,12 +141,25 @@ class BeamSearch:
             return
         rule = self.stopping.rule
         waits = all(self.stopping.quota(width) in (None, width) for width in self.beam_size.values)
-        if not waits or rule.best_live or rule.shrinks:
+        if not waits or rule.best_live or rule.shrinks or rule.awaits_best:
             raise ValueError(
                 f"stopping: expected a rule that lets every slot end, for finished='in_place', got {self.stopping!r}"
             )
         if self.dialect != Dialect():
             raise ValueError(f"dialect: expected the default for finished='in_place', got {self.dialect}")
+
+    def _check_terms(self) -> None:
+        """What terms of the score ask of the other arguments."""
+        if not self.terms:
+            return
+        if "terms" not in getattr(self.selection, "uses", ()):
+            name = type(self.selection).__name__
+            raise ValueError(f"terms: expected none with fb.{name}, which does not rank by them, got {self.terms[0]}")
+        if self.dialect.finishes != "beam" or not self.dialect.counts_eos:
+            raise ValueError(f"terms: expected none with {self.dialect}, got {self.terms[0]}")
+        for i, term in enumerate(self.terms):
+            if self.stopping.rule.exact and not hasattr(term, "upper"):
+                raise ValueError(f"terms[{i}]: expected a term with a bound for fb.Exact(), got {term}")
 
     def _check_selection(self) -> None:
         """What the selection asks of the other arguments."""
@@ -196,7 +215,9 @@ class BeamSearch:
         """
         return start(self, batch_size, torch.device(device), request_ids, source_lengths)
 
-    def step(self, state: State, logits: Tensor, bitmask: Tensor | None = None) -> Step:
+    def step(
+        self, state: State, logits: Tensor, bitmask: Tensor | None = None, *, attention: Tensor | None = None
+    ) -> Step:
         """Consume the model's logits for the current beams and choose the next ones.
 
         Args:
@@ -206,6 +227,8 @@ class BeamSearch:
                 call also ``[B, V]``. Not modified. Rows of slots that are not valid are not read.
             bitmask: int32, one row of ``ceil(V / 32)`` words per row of logits or per request: bit ``j % 32`` of word
                 ``j // 32`` is set where token ``j`` may follow. In addition to the constraint.
+            attention: ``[R, S]`` or ``[B, R / B, S]`` float32, float16 or bfloat16 for R rows of logits, S the same at
+                every step: what the rows paid to the positions of the source, 0 at padding; for ``fb.Coverage``.
 
         Returns:
             A :class:`Step`.
@@ -213,14 +236,18 @@ class BeamSearch:
         Raises:
             ValueError, TypeError: ``<argument>: expected X, got Y``.
         """
-        found = expand(self, state, logits, bitmask)
+        found = expand(self, state, logits, bitmask, attention)
         selected = self.selection.select(found.expansion, state.slots.log_probs.shape[1])
         # nothing can be refused from here on: what follows changes the state
         if state.constraint is None and found.constraint is not None:
             begin(state, found.constraint, found.constraint_state)
         state.vocab_size, state.eos_bitmasks = found.columns, found.eos_bitmasks
+        state.source_size = None if attention is None else attention.shape[-1]
         step = self._step_of_groups(state, self._advance(state, found.expansion, selected), found.given)
         spend(state)
+        if found.expansion.terms is not None:
+            assert isinstance(selected, Ranked) and selected.best_tokens is not None
+            follow_terms(state, found.term_stats, found.expansion.terms, selected.best_tokens, step)
         per_request = state.beam_size if found.given is None else found.given
         constraint = state.constraint
         return step if constraint is None else follow_beams(state, constraint, step, self.pad_id, per_request)

@@ -58,6 +58,9 @@ class State:
     deadline: float | None = None  # of the budget, by time.monotonic()
     constraint: Bound | None = None  # bound to this batch at the first step
     constraint_state: Any = None  # a nest of tensors, rows first
+    term_stats: tuple[Any, ...] = ()  # of the score's terms, nests of tensors, rows first
+    source_lengths: Tensor | None = None  # float32 [B]
+    source_size: int | None = None  # S, known from the first attention on
     vocab_size: int | None = None  # known from the first logits on
     eos_bitmasks: EosBitmasks = NO_BITMASKS
 

@@ -8,6 +8,7 @@ from torch import Tensor
 from flashbeam.kernels import Candidates, Choice, Draws, Limits, Listed, Requests, Slots
 
 from ..constraint import Banks, Proposed
+from ..scoring import Terms
 
 
 class Veto(NamedTuple):
@@ -42,6 +43,8 @@ class Expansion(NamedTuple):
     listed: Listed | None = None  # what may follow as a list; the bitmask bars more
     banks: Banks | None = None
     veto: Veto | None = None
+    finishes: str = "beam"  # which EOS candidates finish: see fb.Dialect
+    terms: Terms | None = None  # of the score, for rules whose ``uses`` names them
 
     @property
     def parents(self) -> int:
@@ -56,6 +59,7 @@ class Ranked(NamedTuple):
     end_penalty: Tensor | None = None  # float32 [B, P * n_eos], taken from the scores of EOS candidates; +inf bars one
     finishing: Tensor | None = None  # bool [B, P * n_eos], EOS candidates that finish, if not those among the K best
     bound: Tensor | None = None  # float32 [B], the most that a beam which lives on can score, if norms do not say
+    best_tokens: Tensor | None = None  # float32 [R, 1], log-probability of the best token that may follow, for terms
 
 
 class Decided(NamedTuple):
@@ -69,7 +73,8 @@ class Decided(NamedTuple):
 class Selection(Protocol):
     """A rule that picks ``k`` candidates per request. Plain class attributes will do for the properties.
 
-    A rule may have ``uses``: what else of a constraint it can make use of, of ``("lists", "banks", "veto")``.
+    A rule may have ``uses``: what else of a constraint it can make use of, of ``("lists", "banks", "veto")``, and
+    ``"terms"`` if it ranks by the score that ``Expansion.terms`` give, ``"finishes"`` if it heeds that.
     """
 
     @property

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flashbeam.kernels import Candidates, adjust, summarize, token_log_prob, top_candidates, total_order
+from flashbeam.kernels import Candidates, Endings, adjust, summarize, token_log_prob, top_candidates, total_order
 
 from .choosing import endings_of
 from .protocol import Expansion, Ranked
@@ -22,6 +22,7 @@ class Rows(NamedTuple):
     adjusted: Tensor  # float32 [R, V], logits after temperature
     lse: Tensor  # float32 [R]
     flags: Tensor  # int32 [R]
+    best: Tensor  # float32 [R], the greatest adjusted logit that may follow and is not EOS
 
     def token_log_probs(self) -> Tensor:
         """float32 ``[R, V]``, natural log; also of tokens that are barred."""
@@ -38,10 +39,11 @@ def rescored(expansion: Expansion, increments: Tensor, k: int) -> Ranked:
         k: candidates per request.
 
     Returns:
-        Candidates whose ``log_probs``, ``adjusted`` and ``lse`` are the model's.
+        Candidates whose ``log_probs``, ``adjusted`` and ``lse`` are the model's; nothing bounds what they can become.
     """
     before = expansion.slots.scores[:, : expansion.parents].reshape(-1, 1)
-    return ranked_by(expansion, rows_of(expansion), before + increments, k)
+    found = ranked_by(expansion, rows_of(expansion), before + increments, k)
+    return found._replace(bound=torch.full_like(found.candidates.scores[:, 0], torch.inf))
 
 
 def rows_of(expansion: Expansion) -> Rows:
@@ -51,11 +53,14 @@ def rows_of(expansion: Expansion) -> Rows:
         bitmask=expansion.bitmask,
         temperature=expansion.temperature,
         active=expansion.active,
+        exclude=expansion.eos,
         normalize=expansion.normalize,
         vocab_size=expansion.vocab_size,
     )
     temperature = None if expansion.temperature is None else expansion.temperature[:, None]
-    return Rows(adjust(expansion.logits[:, : expansion.vocab_size], temperature), found.lse, found.flags)
+    adjusted = adjust(expansion.logits[:, : expansion.vocab_size], temperature)
+    best = adjust(found.tiles.tile_max.amax(1), expansion.temperature)
+    return Rows(adjusted, found.lse, found.flags, best)
 
 
 def ranked_by(expansion: Expansion, rows: Rows, scores: Tensor, k: int) -> Ranked:
@@ -86,13 +91,13 @@ def ranked_by(expansion: Expansion, rows: Rows, scores: Tensor, k: int) -> Ranke
     found = Candidates(log_probs, parent, tokens, adjusted, rows.lse, rows.flags, kept)
     if expansion.eos is None:
         return Ranked(found)
-    return Ranked(found, penalty_of_ends(expansion, rows.lse, scores[:, expansion.eos].view(batch, -1)))
-
-
-def penalty_of_ends(expansion: Expansion, lse: Tensor, scores: Tensor) -> Tensor:
-    """What is to be taken from the EOS candidates, float32 ``[B, P * n_eos]``, to leave them with ``scores``."""
-    ends = endings_of(expansion, lse)
+    ends = endings_of(expansion, rows.lse)
     assert ends is not None
+    return Ranked(found, penalty_of_ends(ends, scores[:, expansion.eos].view(batch, -1)))
+
+
+def penalty_of_ends(ends: Endings, scores: Tensor) -> Tensor:
+    """What is to be taken from the EOS candidates, float32 ``[B, P * n_eos]``, to leave them with ``scores``."""
     there = (ends.log_probs > -torch.inf) & (scores > -torch.inf)
     return (ends.scores - scores).masked_fill(~there, torch.inf)
 

@@ -8,8 +8,10 @@ import torch
 from flashbeam.kernels import top_candidates, top_listed
 
 from .banked import banked
+from .finishing import REACH, among_double, among_row
 from .protocol import Decided, Expansion, Ranked
 from .vetoed import vetoed
+from .with_terms import with_terms
 
 
 @dataclass(frozen=True)
@@ -25,14 +27,20 @@ class TopK:
     reports = ()
     weighs = False
     groups = 1
-    uses = ("lists", "banks", "veto")
+    uses = ("lists", "banks", "veto", "finishes", "terms")
 
     def select(self, expansion: Expansion, k: int) -> Ranked | Decided:
         """See :class:`flashbeam.selection.Selection`."""
+        if expansion.terms is not None:
+            return with_terms(expansion, k)
         if expansion.banks is not None:
             return banked(expansion, k)
         if expansion.veto is not None:
             return vetoed(expansion, expansion.veto, k, best)
+        if expansion.finishes == "row":
+            return among_row(expansion, k)
+        if expansion.finishes == "double":
+            return among_double(expansion, best(expansion, REACH * k), k)
         return best(expansion, k)
 
 

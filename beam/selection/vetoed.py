@@ -19,7 +19,8 @@ def vetoed(expansion: Expansion, veto: Veto, k: int, best: Callable[[Expansion, 
     A request where fewer are left than it has beams, though more were not shown, is flagged ``FLAG_INEXACT``.
     """
     count = max(k, veto.considers or max(_PER_BEAM * k, _LEAST))
-    found, end_penalty, _ = best(expansion, count)
+    ranked = best(expansion, count)
+    found, end_penalty = ranked.candidates, ranked.end_penalty
     first_row = torch.arange(0, expansion.logits.shape[0], expansion.parents, device=found.tokens.device)[:, None]
     shown = [(found.parents, found.tokens, found.log_probs)]
     if expansion.eos is not None:
@@ -45,6 +46,7 @@ def vetoed(expansion: Expansion, veto: Veto, k: int, best: Callable[[Expansion, 
     flags[:, 0] |= short.int() * FLAG_INEXACT
     chosen = Candidates(log_probs, parents, tokens, adjusted, found.lse, flags.flatten(), scores)
     if expansion.eos is None:
-        return Ranked(chosen)
+        return ranked._replace(candidates=chosen)
     penalty = torch.where(end_barred, torch.inf, 0.0)
-    return Ranked(chosen, penalty if end_penalty is None else end_penalty + penalty)
+    penalty = penalty if end_penalty is None else end_penalty + penalty
+    return ranked._replace(candidates=chosen, end_penalty=penalty)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
-from .arguments import finite_number
+from ..arguments import finite_number, whole_number
 
 
 @runtime_checkable
@@ -23,27 +23,44 @@ class Scoring(Protocol):
 
 @dataclass(frozen=True)
 class LengthPower:
-    """``norm = length ** alpha``: 0 is the raw log-probability, 1 the mean, below 0 favours short hypotheses."""
+    """``norm = (length + offset) ** alpha``: 0 is the raw log-probability, 1 the mean, below 0 favours the short.
+
+    Args:
+        alpha: of either sign.
+        offset: tokens that count besides the generated ones, such as those of a prompt.
+    """
 
     alpha: float
+    offset: int = 0
+
+    def __post_init__(self) -> None:
+        finite_number("alpha", self.alpha)
+        whole_number(0)("offset", self.offset)
 
     def norm(self, length: int) -> float:
-        """``length ** alpha``."""
-        return float(length**self.alpha)
+        """``(length + offset) ** alpha``."""
+        return float((length + self.offset) ** self.alpha)
 
 
 @dataclass(frozen=True)
 class GNMT:
-    """``norm = ((5 + length) / 6) ** alpha`` (Wu et al. 2016, section 7)."""
+    """``norm = ((5 + length + offset) / 6) ** alpha`` (Wu et al. 2016, section 7).
+
+    Args:
+        alpha: of either sign.
+        offset: tokens that count besides the generated ones, such as those of a prompt.
+    """
 
     alpha: float
+    offset: int = 0
 
     def __post_init__(self) -> None:
         finite_number("alpha", self.alpha)
+        whole_number(0)("offset", self.offset)
 
     def norm(self, length: int) -> float:
-        """``((5 + length) / 6) ** alpha``."""
-        return float(((5 + length) / 6) ** self.alpha)
+        """``((5 + length + offset) / 6) ** alpha``."""
+        return float(((5 + length + self.offset) / 6) ** self.alpha)
 
 
 def as_scoring(name: str, given: Any) -> Scoring:
@@ -65,6 +82,14 @@ def check_norms(name: str, scoring: Scoring, max_length: int) -> None:
             norm = float("inf")
         if not 1e-37 < norm < 1e37:
             raise ValueError(f"{name}: expected a norm between 1e-37 and 1e37 for length {length}, got {norm:g}")
+
+
+def _norm_of_nothing(scoring: Scoring) -> float:
+    """The norm of an EOS that does not count, as a float32 that can be divided by."""
+    try:
+        return min(max(scoring.norm(0), 1e-37), 1e37)
+    except ZeroDivisionError:
+        return 1e37
 
 
 class NormTables(NamedTuple):
@@ -93,7 +118,7 @@ def norm_tables(
         scoring, low, high = request
         live, ended, bound = (table[b] for table in tables)
         live[1:] = [scoring.norm(length) for length in range(1, top + 1)]
-        ended[1:] = live[1:] if counts_eos else live[[1, *range(1, top)]]
+        ended[1:] = live[1:] if counts_eos else [_norm_of_nothing(scoring), *live[1:-1]]
         for n in range(top + 1):
             first = min(max(n + 1, low), high)
             bound[n] = max(ended[first : high + 1].max(), live[high])

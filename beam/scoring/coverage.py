@@ -1,0 +1,69 @@
+"""Coverage: what a hypothesis pays for parts of the source that its attention has left out, or dwelt on."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..arguments import nonnegative_number
+from .protocol import Seen
+
+_LEAST = torch.finfo(torch.float32).tiny  # coverage of a position that was never attended to
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """The term ``beta * sum over i of log(min(c_i, 1))``, or ``-beta * sum over i of max(c_i - 1, 0)``.
+
+    ``c_i`` is the attention that the tokens so far, EOS included, have paid to position i of the source. ``"gnmt"``,
+    the first, is the coverage penalty of Wu et al. 2016, section 7, equation 14; ``"summary"``, the second, is that of
+    OpenNMT for summaries, against repetition.
+
+    ``step(..., attention=...)`` is to be given the attention of the step: 0 at padding, wherever that is, as a softmax
+    under a mask leaves it; averaged over heads as the user sees fit. Padding does not count. Without
+    ``init(source_lengths=...)`` positions to which nothing has been paid yet are taken for padding; with it, those
+    that the source really has count as ``c_i = 1.2e-38``.
+
+    Args:
+        beta: 0 or more.
+        kind: ``"gnmt"`` or ``"summary"``.
+
+    Raises:
+        ValueError, TypeError: ``<argument>: expected X, got Y``.
+    """
+
+    beta: float
+    kind: str = "gnmt"
+    monotone = True  # the same for all tokens
+    reads_attention = True
+
+    def __post_init__(self) -> None:
+        nonnegative_number("beta", self.beta)
+        if self.kind not in ("gnmt", "summary"):
+            raise ValueError(f"kind: expected 'gnmt' or 'summary', got {self.kind!r}")
+
+    def init(self, rows: int, device: torch.device) -> Tensor:
+        """See :class:`flashbeam.scoring.Term`: the coverage, float32 ``[R, 1, S]``, of any S at first."""
+        return torch.zeros(rows, 1, 1, dtype=torch.float32, device=device)
+
+    def extend(self, stats: Tensor, seen: Seen) -> tuple[Tensor, Tensor]:
+        """See :class:`flashbeam.scoring.Term`."""
+        assert seen.attention is not None
+        coverage = stats + seen.attention
+        if self.kind == "summary":
+            return _sum((coverage - 1.0).clamp(min=0.0)) * -self.beta, coverage
+        attended = coverage > 0.0
+        total = _sum(torch.where(attended, coverage.clamp(_LEAST, 1.0).log(), 0.0))
+        if seen.source_lengths is not None:
+            missed = (seen.source_lengths - attended.sum(2)).clamp(min=0.0)
+            total = total + missed * torch.full_like(missed, _LEAST).log()
+        return total * self.beta, coverage
+
+    def upper(self, value: Tensor, stats: Tensor, seen: Seen) -> Tensor:
+        """All may yet be covered; what was dwelt on stays so."""
+        return value if self.kind == "summary" else torch.zeros_like(value)
+
+
+def _sum(values: Tensor) -> Tensor:
+    """Over the source, term by term: padding changes no bit."""
+    return values.cumsum(2)[:, :, -1]
