@@ -23,6 +23,8 @@ from .beamstate import (
     total_order,
 )
 from .bitmask import apply_bitmask_, bits_at, mark_bits, pack_bitmask, unpack_bitmask
+from .contrast import contrast
+from .divergence import divergence
 from .draw import Drawn, draw_children
 from .exponential import exp
 from .filters import filter_bitmask
@@ -31,6 +33,7 @@ from .invert import Inverted, invert_cdf
 from .keys import adjust, pack_key, token_log_prob
 from .listed import Listed, summarize_listed, top_listed
 from .lse import FLAG_INF, FLAG_NAN
+from .mixture import mixture
 from .poisson import PoissonSample, conditional_poisson
 from .random import Stream, child_nodes, gumbel, random_bits, random_codes, root_nodes, uniforms
 from .reorder import check_reorder, reorder
@@ -79,6 +82,8 @@ __all__ = [
     "check_reorder",
     "child_nodes",
     "conditional_poisson",
+    "contrast",
+    "divergence",
     "draw_children",
     "draw_distinct",
     "endings",
@@ -90,6 +95,7 @@ __all__ = [
     "listed_bitmask",
     "log_odds",
     "mark_bits",
+    "mixture",
     "pack_bitmask",
     "pack_key",
     "place",

@@ -96,14 +96,20 @@ def _last_byte(tensor: Tensor) -> int:
     return tensor.data_ptr() + (steps + 1) * tensor.element_size() - 1
 
 
-def check_rows(logits: Tensor, vocab_size: int | None, bitmask: Tensor | None, temperature: Tensor | None) -> int:
+def check_rows(
+    logits: Tensor,
+    vocab_size: int | None,
+    bitmask: Tensor | None,
+    temperature: Tensor | None,
+    name: str = "logits",
+) -> int:
     """Check what every operation over logits ``[R, V]`` takes, and return the vocabulary size in force."""
-    check_dtype("logits", logits, *LOGITS_DTYPES)
-    check_shape("logits", logits, "[R, V]", None, None)
-    check_unit_stride("logits", logits)
+    check_dtype(name, logits, *LOGITS_DTYPES)
+    check_shape(name, logits, "[R, V]", None, None)
+    check_unit_stride(name, logits)
     rows, columns = logits.shape
     if columns == 0:
-        raise ValueError("logits: expected at least one column, got shape " + str(list(logits.shape)))
+        raise ValueError(f"{name}: expected at least one column, got shape {list(logits.shape)}")
     if vocab_size is None:
         vocab_size = columns
     check_range("vocab_size", vocab_size, 1, columns)
@@ -118,7 +124,7 @@ def check_rows(logits: Tensor, vocab_size: int | None, bitmask: Tensor | None, t
     if temperature is not None:
         check_dtype("temperature", temperature, torch.float32)
         check_shape("temperature", temperature, "[R]", rows)
-    check_same_device(logits=logits, bitmask=bitmask, temperature=temperature)
+    check_same_device(**{name: logits}, bitmask=bitmask, temperature=temperature)
     return vocab_size
 
 

@@ -1,4 +1,4 @@
-"""Exponentials whose bits do not depend on where in a tensor an element stands."""
+"""Exponentials and logarithms whose bits do not depend on where in a tensor an element stands."""
 
 import torch
 from torch import Tensor
@@ -25,4 +25,12 @@ def exp(x: Tensor) -> Tensor:
     found = work[: x.numel()].view(x.shape)
     torch.mul(x, LOG2E, out=found)
     work.exp2_()  # several times faster than exp_ on some CPUs
+    return found
+
+
+def log(x: Tensor) -> Tensor:
+    """``log(x)`` of float32 ``x``, contiguous, in memory of its own."""
+    work = x.new_empty(evenly_split(x.numel()))
+    found = work[: x.numel()].view(x.shape).copy_(x)
+    work.log_()
     return found

@@ -1,0 +1,215 @@
+"""The rows of several models as one: a mixture of their distributions, or of their log-probabilities.
+
+    a_i[j] = x_i[j] / temperature_i                    the adjusted logits of model i, of M
+    probability:  y[j] = log sum over i of w_i exp(a_i[j] - lse_i)
+    log:          y[j] = sum over i of w_i a_i[j]              without lse
+                  y[j] = sum over i of w_i min(a_i[j] - lse_i, 0)
+
+A model with weight 0 in a row is not read there. Where one model alone has a weight, its probability mixture is
+itself: ``y = a_i``, so that a search of it has the bits of a search of that model alone. ``y`` is not normalised: what
+reads it next does that. A NaN makes ``y`` NaN at its token, and +inf, or an infinite lse of a probability mixture,
+makes it +inf: ``summarize`` then reports the fault as of any row. A model may be one-hot: all its mass at one token,
+without reading it.
+
+One program owns a block of one row and reads each tensor once, four of them at a time. Traffic per row:
+``sum of V * sizeof(x_i) + 4 V`` bytes.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .checks import check_candidates, check_dtype, check_rows, check_same_device, check_shape, check_tensor, contiguous
+from .exponential import exp, log
+from .keys import token_log_prob
+from .registration import register
+
+_BLOCK = 1 << 18  # logits at a time: 1 MB of float32 stays in cache
+
+
+class _Rows:
+    """The models' rows, some at a time."""
+
+    def __init__(
+        self,
+        logits: list[Tensor],
+        lse: Tensor | None,
+        temperature: Tensor | None,
+        onehot: Tensor | None,
+        vocab_size: int,
+    ):
+        self.logits, self.lse, self.temperature, self.onehot = logits, lse, temperature, onehot
+        self.vocab_size = vocab_size
+
+    def adjusted(self, i: int, rows: Tensor) -> Tensor:
+        """float32 ``[n, V]``, memory of its own."""
+        a = self.logits[i][rows, : self.vocab_size].float()
+        if self.temperature is not None:
+            a /= self.temperature[i]
+        if self.onehot is not None:
+            at = self.onehot[rows, i, None]
+            tokens = torch.arange(self.vocab_size, device=a.device)
+            a = torch.where(at < 0, a, torch.where(tokens == at, 0.0, -torch.inf))
+        return a
+
+    def lse_of(self, i: int, rows: Tensor) -> Tensor:
+        """float32 ``[n, 1]``."""
+        assert self.lse is not None
+        lse = self.lse[rows, i, None]
+        return lse if self.onehot is None else lse.masked_fill(self.onehot[rows, i, None] >= 0, 0.0)
+
+
+def _log_of_sum(rows: _Rows, some: Tensor, weights: Tensor) -> Tensor:
+    """The probability mixture of rows ``some [n]``, of which each has a positive one among its ``weights [n, M]``."""
+    terms = []
+    for i, weight in enumerate(weights.clamp(min=0.0)[:, :, None].unbind(1)):
+        if bool((weight > 0).any()):
+            lse = rows.lse_of(i, some)
+            l = rows.adjusted(i, some).sub_(lse.masked_fill(lse == -torch.inf, 0.0))  # a row of -inf stays one
+            l = l.masked_fill_(lse == torch.inf, torch.inf).masked_fill_(weight == 0, -torch.inf)
+            terms.append((l, weight))
+    top = terms[0][0]
+    for l, _ in terms[1:]:
+        top = torch.maximum(top, l)
+    top = top.masked_fill(top.abs() == torch.inf, 0.0)  # -inf - -inf would be NaN
+    total = torch.zeros_like(top)
+    for l, weight in terms:
+        total += exp(l - top).mul_(weight)
+    return log(total).add_(top)
+
+
+def _parts(which: Tensor, vocab_size: int) -> tuple[Tensor, ...]:
+    """The rows that are set in ``which [R]``, as many at a time as make a block."""
+    rows = which.nonzero()[:, 0]
+    return rows.split(max(1, _BLOCK // vocab_size)) if rows.numel() else ()
+
+
+def _mixture(
+    logits: list[Tensor],
+    weights: Tensor,
+    lse: Tensor | None,
+    temperature: Tensor | None,
+    onehot: Tensor | None,
+    active: Tensor | None,
+    vocab_size: int,
+    loglinear: bool,
+) -> Tensor:
+    """The torch definition."""
+    out: Tensor = _fake(logits, weights, lse, temperature, onehot, active, vocab_size, loglinear)
+    rows = _Rows(logits, lse, temperature, onehot, vocab_size)
+    positive = weights > 0
+    read = torch.ones_like(positive[:, 0]) if active is None else active
+    out[read & ~positive.any(1)] = -torch.inf
+    alone = torch.zeros_like(read) if loglinear else positive.sum(1) == 1
+    for i in range(len(logits)):
+        for some in _parts(read & alone & positive[:, i], vocab_size):
+            out[some] = rows.adjusted(i, some)
+    for some in _parts(read & ~alone & positive.any(1), vocab_size):
+        if not loglinear:
+            out[some] = _log_of_sum(rows, some, weights[some])
+            continue
+        total = torch.zeros(some.shape[0], vocab_size, device=out.device)
+        for i, weight in enumerate(weights[some].unbind(1)):
+            a = rows.adjusted(i, some)
+            if lse is not None:
+                a = token_log_prob(a, rows.lse_of(i, some))
+            total += torch.where((weight > 0)[:, None], a * weight[:, None], 0.0)
+        out[some] = total
+    return out
+
+
+def _fake(
+    logits: list[Tensor],
+    weights: Tensor,
+    lse: Tensor | None,
+    temperature: Tensor | None,
+    onehot: Tensor | None,
+    active: Tensor | None,
+    vocab_size: int,
+    loglinear: bool,
+) -> Tensor:
+    return weights.new_empty((weights.shape[0], vocab_size))
+
+
+mixture_op = register(
+    "mixture(Tensor[] logits, Tensor weights, Tensor? lse, Tensor? temperature, Tensor? onehot, Tensor? active, "
+    "SymInt vocab_size, bool loglinear) -> Tensor",
+    _mixture,
+    _fake,
+    "mixture",
+)
+
+
+def mixture(
+    logits: Sequence[Tensor],
+    weights: Tensor,
+    *,
+    kind: str = "probability",
+    lse: Tensor | None = None,
+    temperature: Tensor | None = None,
+    onehot: Tensor | None = None,
+    active: Tensor | None = None,
+    vocab_size: int | None = None,
+) -> Tensor:
+    """Make one row of logits of the rows of several models.
+
+    Equivalent to, for ``"probability"`` and for ``"log"``::
+
+        a = torch.stack([x.float() for x in logits]) / temperature[:, None, None]
+        (a.log_softmax(-1) + weights.T.log()[:, :, None]).logsumexp(0)
+        (a * weights.T[:, :, None]).sum(0)
+
+    except that a model is not read where its weight is 0, that a row in which one model alone has a weight is that
+    model's own (``"probability"``), and that data faults come through.
+
+    Args:
+        logits: M tensors ``[R, V]`` float32, float16 or bfloat16, each its own; unit stride over ``V``. Not modified.
+        weights: ``[R, M]`` float32; what is not above 0 counts as 0. Taken relative to their sum (``"probability"``).
+        kind: ``"probability"`` or ``"log"``.
+        lse: ``[R, M]`` float32, each model's log-sum-exp after temperature, as ``summarize`` gives it; needed for
+            ``"probability"``, where several models have a weight. With ``"log"`` it makes the sum one of
+            log-probabilities.
+        temperature: ``[M]`` float32 above 0; divides the models' logits.
+        onehot: ``[R, M]`` int64; a token that holds all of the model's mass, or -1 where its logits say.
+        active: ``[R]`` bool; rows that are not are not read, and hold anything.
+        vocab_size: columns from here on are padding and never read.
+
+    Returns:
+        ``[R, vocab_size]`` float32, not normalised. A row without weights is ``-inf``.
+
+    Numerics: ``"log"`` adds products up in order of the models, rounding each; ``"probability"`` errs by a few ulps.
+        A row's bits depend on that row only.
+
+    Raises:
+        ValueError: shapes, strides, devices or ranges differ from the above.
+        TypeError: a dtype differs from the above.
+    """
+    if not logits:
+        raise ValueError("logits: expected one tensor or more, got none")
+    for i, x in enumerate(logits):
+        check_tensor(f"logits[{i}]", x)
+        if i:
+            check_shape(f"logits[{i}]", x, "[R, V]", *logits[0].shape)
+        vocab_size = check_rows(x, vocab_size, None, None, f"logits[{i}]")
+    rows, models = logits[0].shape[0], len(logits)
+    check_candidates(logits[0], active, None)
+    per_model = {"weights": weights, "lse": lse}
+    for name, tensor in per_model.items():
+        if tensor is not None:
+            check_dtype(name, tensor, torch.float32)
+            check_shape(name, tensor, "[R, M]", rows, models)
+    if temperature is not None:
+        check_dtype("temperature", temperature, torch.float32)
+        check_shape("temperature", temperature, "[M]", models)
+    if onehot is not None:
+        check_dtype("onehot", onehot, torch.int64)
+        check_shape("onehot", onehot, "[R, M]", rows, models)
+    if kind not in ("probability", "log"):
+        raise ValueError(f"kind: expected 'probability' or 'log', got {kind!r}")
+    if kind == "probability" and lse is None:
+        raise ValueError("lse: expected a tensor for kind='probability', got None")
+    tensors = {f"logits[{i}]": x for i, x in enumerate(logits)}
+    check_same_device(**tensors, **per_model, temperature=temperature, onehot=onehot)
+    small = (contiguous(field) for field in (weights, lse, temperature, onehot, active))
+    return mixture_op([x.detach() for x in logits], *small, vocab_size, kind == "log")
