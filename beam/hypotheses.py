@@ -35,7 +35,7 @@ class Hypotheses:
 
 
 @dataclass
-class _Endings:
+class Endings:
     """Where hypotheses end, M per request."""
 
     scores: Tensor  # float32 [B, M]; -inf where there is none
@@ -50,8 +50,8 @@ class _Endings:
     sampling_log_probs: Tensor  # float32 [B, M]
     inclusion: Tensor  # float32 [B, M], see Draws
 
-    def take(self, index: Tensor) -> _Endings:
-        return _Endings(*(field.gather(1, index) for field in vars(self).values()))
+    def take(self, index: Tensor) -> Endings:
+        return Endings(*(field.gather(1, index) for field in vars(self).values()))
 
 
 _NOTHING = {"scores": -torch.inf, "log_probs": -torch.inf, "sampling_log_probs": -torch.inf, "perturbed": -torch.inf}
@@ -67,14 +67,14 @@ def _pad(fields: dict[str, Tensor], count: int, **filler: float) -> dict[str, Te
     return found
 
 
-def _of_slots(state: State) -> _Endings:
+def _of_slots(state: State) -> Endings:
     slots = state.slots
     lengths = slots.lengths.long()
     held = (slots.log_probs > -torch.inf) & (lengths > 0)
     step = (state.requests.steps.long() - 1)[:, None].expand_as(lengths)
     if state.dialect.at_max_length == "spare":
         held &= ~(state.pool.log_probs > -torch.inf).any(1, keepdim=True)
-    return _Endings(
+    return Endings(
         scores=slots.scores.masked_fill(~held, -torch.inf) / state.live_norm.gather(1, lengths),
         log_probs=slots.log_probs.masked_fill(~held, -torch.inf),
         lengths=lengths,
@@ -95,10 +95,10 @@ def _log_inclusion(log_probs: Tensor, threshold: Tensor) -> Tensor:
     return torch.where(gap < -30.0, gap, torch.log(-torch.expm1(-torch.exp(gap)))).float()
 
 
-def _of_pool(state: State) -> _Endings:
+def _of_pool(state: State) -> Endings:
     pool = state.pool
     lengths = pool.steps.long() + 1
-    return _Endings(
+    return Endings(
         scores=pool.scores,
         log_probs=pool.log_probs,
         lengths=lengths,
@@ -137,7 +137,7 @@ def _merge_groups(state: State, found: Hypotheses, num_hypotheses: int | None) -
     return Hypotheses(**_pad(best, count, tokens=state.pad_id, slots=-1), beam_size=beam_size, exact=exact)
 
 
-def _is_exact(state: State, best: _Endings, asked: Tensor) -> Tensor:
+def _is_exact(state: State, best: Endings, asked: Tensor) -> Tensor:
     """bool ``[B]``: nothing that is still possible would change the hypotheses ``asked [B, N]`` for, best first."""
     slots = state.slots
     if state.in_place:
@@ -150,23 +150,27 @@ def _is_exact(state: State, best: _Endings, asked: Tensor) -> Tensor:
     return whole | (kept | ~asked).all(1)
 
 
-def _collect(state: State, num_hypotheses: int | None) -> Hypotheses:
+def ranked_endings(state: State, num_hypotheses: int | None) -> tuple[Endings, Tensor, Tensor]:
+    """The best ``num_hypotheses`` of each group of each request, best first, which of them were asked for, and all."""
     found = _of_slots(state)
     if not state.in_place:
         pairs = zip(vars(_of_pool(state)).values(), vars(found).values(), strict=True)
-        found = _Endings(*(torch.cat(pair, 1) for pair in pairs))
+        found = Endings(*(torch.cat(pair, 1) for pair in pairs))
     # equal scores: earlier end first, then the order of the candidates at that step
     order = found.arrival.sort(dim=1, stable=True).indices
     order = order.gather(1, found.scores.gather(1, order).sort(dim=1, descending=True, stable=True).indices)
     count = state.slots.log_probs.shape[1] if num_hypotheses is None else num_hypotheses
-    best = _Endings(**_pad(vars(found.take(order[:, :count])), count, eos=-1, last_step=-1))
-
-    valid = best.log_probs > -torch.inf
-    asked = torch.ones_like(valid)
+    best = Endings(**_pad(vars(found.take(order[:, :count])), count, eos=-1, last_step=-1))
+    asked = torch.ones_like(best.finished)
     if num_hypotheses is None:
-        asked &= torch.arange(count, device=valid.device) < state.limits.width[:, None]
+        asked &= torch.arange(count, device=asked.device) < state.limits.width[:, None]
+    return best, asked, found
+
+
+def _collect(state: State, num_hypotheses: int | None) -> Hypotheses:
+    best, asked, found = ranked_endings(state, num_hypotheses)
     exact = _is_exact(state, best, asked)
-    valid &= asked
+    valid = (best.log_probs > -torch.inf) & asked
     slots = trace_slots(state.history.parents, best.last_step.masked_fill(~valid, -1), best.last_slot)  # [B, N, T]
     on_path = slots >= 0
     index = slots.clamp(min=0).permute(2, 0, 1)  # [T, B, N]

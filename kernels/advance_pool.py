@@ -139,13 +139,13 @@ def _advance_pool(
     none_left = ~keep.any(1)
     possible = possible.masked_fill(last | none_left, -torch.inf)
     bound.copy_(torch.where(live, torch.maximum(possible, left_out), bound))
-    keep &= ~(stop & ~last)[:, None]  # a request ended by its rule has its pool
+    filled, keep = keep, keep & ~(stop & ~last)[:, None]  # a request ended by its rule has its pool
     none_left = ~keep.any(1)
     report_faults(requests, best.flags, live & none_left & (held == 0))
     requests.done.logical_or_(stop | last | none_left)
 
     increments = token_log_prob(best.adjusted, best.lse.view(batch, -1).gather(1, best.parents))
-    record(requests, history, best.tokens, best.parents, increments, live)
+    record(requests, history, best.tokens, best.parents, increments.masked_fill(~filled, -torch.inf), live)
     kept = live[:, None]
     slots.log_probs.copy_(torch.where(kept, best.log_probs.masked_fill(~keep, -torch.inf), slots.log_probs))
     slots.scores.copy_(torch.where(kept, best.scores.masked_fill(~keep, -torch.inf), slots.scores))

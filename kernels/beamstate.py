@@ -52,7 +52,7 @@ class History(NamedTuple):
 
     tokens: Tensor  # int32 [T, B, K]
     parents: Tensor  # int32 [T, B, K], slot at the step before
-    token_log_probs: Tensor  # float32 [T, B, K]
+    token_log_probs: Tensor  # float32 [T, B, K]; -inf where the step filled no slot
 
 
 class Pool(NamedTuple):

@@ -255,6 +255,7 @@ def _advance_pool_kernel(
     none_left = tl.max(keep.to(tl.int32), 0) == 0
     bound = tl.maximum(tl.where(last | none_left, -float("inf"), possible), left_out)
     tl.store(bound_ptr + request, bound, mask=live != 0)
+    increment = tl.where(keep, increment, -float("inf"))  # recorded also where the rule now ends the request
     keep = keep & (slot < tl.where(stop & (last == 0), 0, beams))
     none_left = tl.max(keep.to(tl.int32), 0) == 0
     tl.debug_barrier()  # everything is read: what follows overwrites it
