@@ -1,6 +1,6 @@
 """The decode loop as one call."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -18,12 +18,13 @@ def decode(
     *,
     num_hypotheses: int | None = None,
     request_ids: Tensor | None = None,
+    source_lengths: Tensor | Sequence[int] | None = None,
 ) -> Hypotheses:
     """Run ``search`` to its end.
 
     Equivalent to::
 
-        state = search.init(batch_size, tokens.device, request_ids)
+        state = search.init(batch_size, tokens.device, request_ids, source_lengths)
         while not state.all_done():
             logits, cache = model(tokens, cache)
             step = search.step(state, logits)
@@ -39,13 +40,14 @@ def decode(
         cache: any nest of tensors with rows first.
         num_hypotheses: N; default ``beam_size``.
         request_ids: int64 ``[B]``, name the requests for the randomness.
+        source_lengths: ``[B]``, what length limits are functions of, where they are.
 
     Returns:
         :class:`Hypotheses`.
     """
     if not isinstance(tokens, Tensor) or tokens.dim() == 0:
         raise TypeError(f"tokens: expected a tensor with requests first, got {type(tokens).__name__}")
-    state = search.init(tokens.shape[0], tokens.device, request_ids)
+    state = search.init(tokens.shape[0], tokens.device, request_ids, source_lengths)
     while True:
         logits, cache = model(tokens, cache)
         step = search.step(state, logits)
