@@ -1,8 +1,9 @@
 """When requests end, what is provably the best then, budgets, and limits that the source sets."""
 
-import flashbeam as fb
 import pytest
 import torch
+
+import flashbeam as fb
 from flashbeam import budget as budget_module
 
 V, EOS, T, K, B = 7, 0, 12, 4, 300
@@ -141,7 +142,7 @@ def shrinking_by_hand(request, seed, bias, norm):
 
 @pytest.mark.parametrize("norm", [0.0, 1.0])
 def test_shrinking_beam(norm):
-    found, state = run(fb.Shrinking(), norm, 6, bias=0.5, batch=25)
+    found, _ = run(fb.Shrinking(), norm, 6, bias=0.5, batch=25)
     assert found.exact.all()
     for b in range(25):
         wanted = shrinking_by_hand(b, 6, 0.5, norm)
