@@ -87,16 +87,15 @@ def test_a_search_under_way_is_exact_only_where_nothing_can_follow():
 
 
 def test_what_a_quota_left_out_counts_as_possible():
-    """The last step finishes two and there is place for one: which is better is not known to be in the n-best."""
-    search = fb.BeamSearch(2, 9, [0, 1], length_penalty=1.0, stopping=fb.Patience(1.0, "never"))
+    """The last step finishes two and there is place for one; the other is better than what finished first."""
+    search = fb.BeamSearch(2, 9, [0, 1], pad_id=2, stopping=fb.Patience(1.0, "never"))
     state = search.init(1)
-    search.step(state, torch.tensor([[-2.0, -INF, 0.0, 0.5, -INF]]))  # one finishes badly
-    assert state.bound[0] < INF
+    search.step(state, torch.tensor([[0.06, 0.0, 0.02, 0.92]]).log())
+    search.step(state, torch.tensor([[0.0, 0.0, 0.0, 1.0], [0.6, 0.4, 0.0, 0.0]]).log()[[1, 0]])
     hyps = search.finalize(state)
-    search.step(state, torch.tensor([[0.0, -1.0, -INF, -INF, -INF], [-INF, 0.0, -INF, -INF, -30.0]]))
-    hyps = search.finalize(state)
-    assert state.done.all() and hyps.finished.all()
-    assert (hyps.exact == (hyps.scores[:, 1] >= state.bound)).all() and state.bound[0] > -INF
+    assert state.done.all() and hyps.tokens[0, :, :2].tolist() == [[3, 0], [0, 2]]
+    left_out = torch.tensor(0.92 * 0.4).log() / 2
+    assert hyps.scores[0, 1] < left_out and state.bound[0] == pytest.approx(left_out.item()) and not hyps.exact.any()
 
 
 def test_groups_are_exact_only_as_a_whole():
