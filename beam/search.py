@@ -186,7 +186,8 @@ class BeamSearch:
         """The arguments that may differ by request."""
         numbers = self.beam_size, self.max_length, self.min_length, self.temperature, self.length_penalty
         extras = () if self.budget is None or self.budget.tokens is None else (self.budget.tokens,)
-        return (*numbers, self.constraint, *extras)
+        rates = (rate for term in self.terms for rate in getattr(term, "per_request", ()))
+        return (*numbers, self.constraint, *extras, *rates)
 
     @staticmethod
     def _broadcast(*arguments: PerRequest[Any]) -> tuple[list[Any], ...]:

@@ -1,14 +1,24 @@
 """Coverage: what a hypothesis pays for parts of the source that its attention has left out, or dwelt on."""
 
+import math
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..arguments import nonnegative_number
+from ..arguments import PerRequest, nonnegative_number
 from .protocol import Seen
+from .rates import on_rows
 
 _LEAST = torch.finfo(torch.float32).tiny  # coverage of a position that was never attended to
+
+
+class Covered(NamedTuple):
+    """What runs along, float32."""
+
+    attention: Tensor  # [R, 1, S], the sum so far; of any S at first
+    beta: Tensor  # [R, 1]
 
 
 @dataclass(frozen=True)
@@ -25,41 +35,48 @@ class Coverage:
     that the source really has count as ``c_i = 1.2e-38``.
 
     Args:
-        beta: 0 or more.
+        beta: 0 or more [B].
         kind: ``"gnmt"`` or ``"summary"``.
 
     Raises:
         ValueError, TypeError: ``<argument>: expected X, got Y``.
     """
 
-    beta: float
+    beta: Any
     kind: str = "gnmt"
     monotone = True  # the same for all tokens
     reads_attention = True
 
     def __post_init__(self) -> None:
-        nonnegative_number("beta", self.beta)
+        _ = self.per_request
         if self.kind not in ("gnmt", "summary"):
             raise ValueError(f"kind: expected 'gnmt' or 'summary', got {self.kind!r}")
 
-    def init(self, rows: int, device: torch.device) -> Tensor:
-        """See :class:`flashbeam.scoring.Term`: the coverage, float32 ``[R, 1, S]``, of any S at first."""
-        return torch.zeros(rows, 1, 1, dtype=torch.float32, device=device)
+    @property
+    def per_request(self) -> tuple[PerRequest[float]]:
+        """What may differ by request."""
+        return (PerRequest("beta", self.beta, nonnegative_number),)
 
-    def extend(self, stats: Tensor, seen: Seen) -> tuple[Tensor, Tensor]:
+    def init(self, rows: int, device: torch.device) -> Covered:
+        """See :class:`flashbeam.scoring.Term`."""
+        nothing = torch.zeros(rows, 1, 1, dtype=torch.float32, device=device)
+        return Covered(nothing, on_rows(*self.per_request, rows, device))
+
+    def extend(self, stats: Covered, seen: Seen) -> tuple[Tensor, Covered]:
         """See :class:`flashbeam.scoring.Term`."""
         assert seen.attention is not None
-        coverage = stats + seen.attention
+        coverage, beta = stats.attention + seen.attention, stats.beta
         if self.kind == "summary":
-            return _sum((coverage - 1.0).clamp(min=0.0)) * -self.beta, coverage
-        attended = coverage > 0.0
-        total = _sum(torch.where(attended, coverage.clamp(_LEAST, 1.0).log(), 0.0))
-        if seen.source_lengths is not None:
-            missed = (seen.source_lengths - attended.sum(2)).clamp(min=0.0)
-            total = total + missed * torch.full_like(missed, _LEAST).log()
-        return total * self.beta, coverage
+            total = -_sum((coverage - 1.0).clamp(min=0.0))
+        else:
+            attended = coverage > 0.0
+            total = _sum(torch.where(attended, coverage.clamp(_LEAST, 1.0).log(), 0.0))
+            if seen.source_lengths is not None:
+                missed = (seen.source_lengths - attended.sum(2)).clamp(min=0.0)
+                total = total + missed * math.log(_LEAST)
+        return total * beta, Covered(coverage, beta)
 
-    def upper(self, value: Tensor, stats: Tensor, seen: Seen) -> Tensor:
+    def upper(self, value: Tensor, stats: Covered, seen: Seen) -> Tensor:
         """All may yet be covered; what was dwelt on stays so."""
         return value if self.kind == "summary" else torch.zeros_like(value)
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from ..cache import leaves_of, rebuild
 from .protocol import Seen, Term
 
+_LEAST = torch.finfo(torch.float32).min  # a candidate's score is finite, however strong a term is
 _SLACK = 2.0**-18  # rounding of a score, relative to what it is the sum of
 
 
@@ -43,7 +44,8 @@ class Terms(NamedTuple):
     def scores(self, log_probs: Tensor, seen: Seen) -> Tensor:
         """Scores ``[R, M]`` of continuations with cumulative ``log_probs [R, M]``, before the length norm."""
         total = sum((value for value, _ in self._extended(seen)), torch.zeros_like(self.norm))
-        return (log_probs + self.norm * total).masked_fill(log_probs == -torch.inf, -torch.inf)
+        scores = (log_probs + self.norm * total).clamp(min=_LEAST)
+        return scores.masked_fill(log_probs == -torch.inf, -torch.inf)
 
     def advanced(self, seen: Seen) -> tuple[Any, ...]:
         """The statistics with one token more in each row."""
