@@ -21,6 +21,7 @@ from .decode import decode
 from .dialect import Dialect
 from .estimate import estimate, weights
 from .hypotheses import Hypotheses
+from .lattice import Lattice, lattice
 from .noise import Noised, noise
 from .p_exact import PExact, p_exact
 from .scoring import GNMT, UID, Coverage, LengthPower, TokenReward, WordReward
@@ -36,6 +37,7 @@ from .selection import (
     TopK,
 )
 from .state import State
+from .statistics import Statistics
 from .stopping import BestFinished, BestLive, Exact, Exhausted, Filled, FirstFinished, Patience, Shrinking
 
 __version__ = "0.1.0"
@@ -68,6 +70,7 @@ __all__ = [
     "ForbiddenPhrases",
     "Grammar",
     "Hypotheses",
+    "Lattice",
     "LengthPower",
     "NoRepeatNgram",
     "Noised",
@@ -79,6 +82,7 @@ __all__ = [
     "Sample",
     "Shrinking",
     "State",
+    "Statistics",
     "Step",
     "Stochastic",
     "SuffixVeto",
@@ -88,6 +92,7 @@ __all__ = [
     "WordReward",
     "decode",
     "estimate",
+    "lattice",
     "noise",
     "p_exact",
     "reorder",

@@ -13,6 +13,8 @@ from flashbeam.kernels import pack_bitmask
 from .checks import as_attention, as_bitmask, as_bools, as_rows
 from .constrained import FAILED
 from .constraint import Bound, Context, Proposed, bind
+from .models.combining import combine, of_groups, rows_given
+from .models.protocol import Combined, Given
 from .scoring.running import begin_terms, terms_of_rows
 from .selection import Expansion, Veto
 from .state import NO_BITMASKS, EosBitmasks
@@ -32,20 +34,23 @@ class Expanded(NamedTuple):
     eos_bitmasks: EosBitmasks
     given: int | None  # rows per request that were repeated for the groups of a beam; None at later steps
     term_stats: tuple[Any, ...]  # of the B * K slots, before the step
+    flags: Tensor | None  # int32 [R], faults of models that the rows do not show
 
 
 def expand(
     search: BeamSearch, state: State, logits: Tensor, bitmask: Tensor | None, attention: Tensor | None
 ) -> Expanded:
     """Check what a step is given and say what may follow. Changes nothing."""
-    rows, vocab_size = as_rows(state, logits, search.vocab_size, search.eos_ids)
+    sources, vocab_size, per_row = rows_given(search, state, logits, per_row)
+    rows = sources[0]
     mask = None if bitmask is None else as_bitmask(state, bitmask, rows.shape[0], vocab_size)
     first, given = state.vocab_size is None, rows.shape[0] // state.batch_size
     constraint, slots_state, eos_bitmasks = _begun(search, state, vocab_size)
     if slots_state is FAILED:
         raise ValueError(f"state: expected one whose steps have succeeded, got one in which {FAILED}")
     if first and state.groups > 1:  # every group starts from the request's one row
-        rows = rows[::given].repeat_interleave(state.groups, 0)
+        sources, per_row = of_groups(state.groups, given, sources, per_row)
+        rows = sources[0]
         mask = None if mask is None else mask[::given].repeat_interleave(state.groups, 0)
 
     listed, banks, veto = None, None, None
@@ -55,13 +60,12 @@ def expand(
         if per_request != state.beam_size:  # before the first token: all slots are alike
             index = torch.arange(0, rows.shape[0] * state.beam_size, state.beam_size, device=state.device)
             now = constraint.take(slots_state, index // per_request)
-        rows = constraint.adjust(now, rows)
-        uses = getattr(search.selection, "uses", ())
+        uses, record = getattr(search.selection, "uses", ()), state.record is not None  # entropies ask for masks
         if "banks" in uses:
             banks = constraint.banks(now)
         if banks is not None and search.terms:
             raise ValueError("constraint: expected one without banks for a search with terms, got fb.Phrases")
-        if "lists" in uses and banks is None and not search.terms and search.dialect.finishes != "row":
+        if "lists" in uses and banks is None and not search.terms and search.dialect.finishes != "row" and not record:
             listed, ours = constraint.listed(now)
         else:
             ours = constraint.bitmask(now)
@@ -82,16 +86,26 @@ def expand(
     if eos_bitmasks.without is not None and listed is None:  # for those who renormalise or weigh the rest
         banned = state.requests.steps + 1 < state.limits.min_length
         allowed = _masked_where(banned, eos_bitmasks.without, mask, rows.shape[0])
+    parents = rows.shape[0] // state.requests.done.shape[0]
+    active = state.slots.active[:, :parents].flatten()
+    temperature = None if state.temperature is None else state.temperature[:, :parents].flatten()
+    adjust = None if constraint is None else partial(constraint.adjust, now)
+    combined = Combined(rows if adjust is None else adjust(rows))
+    if search.models is not None:
+        rest = (active, allowed, temperature, search.normalize, vocab_size, per_row)
+        combined = combine(search.models, state.models, Given(sources, *rest), adjust)
+        if combined.bitmask is not None:
+            mask, allowed = (combined.bitmask if bits is None else combined.bitmask & bits for bits in (mask, allowed))
+    rows = combined.logits
     term_stats = begin_terms(search.terms, state) if first else state.term_stats
     attention = _attention(search, state, attention, rows.shape[0])
     terms = terms_of_rows(search.terms, term_stats, state, rows.shape[0], attention) if search.terms else None
-    parents = rows.shape[0] // state.requests.done.shape[0]
     expansion = Expansion(
         logits=rows,
-        active=state.slots.active[:, :parents].flatten(),
+        active=active,
         bitmask=allowed if renormalizes else mask,
         allowed=allowed,
-        temperature=None if state.temperature is None else state.temperature[:, :parents].flatten(),
+        temperature=temperature,
         eos=state.eos,
         divisor=_next_norm(state) if state.in_place and search.selection.seed is None else None,
         normalize=search.normalize,
@@ -109,9 +123,14 @@ def expand(
         veto=veto,
         finishes=search.dialect.finishes,
         terms=terms,
+        increments=combined.increments,
+        falls=search.models is None or search.models.falls,
     )
     given_first = given if first else None
-    return Expanded(expansion, logits.shape[-1], constraint, slots_state, eos_bitmasks, given_first, term_stats)
+    columns = sources[0].shape[1]
+    return Expanded(
+        expansion, columns, constraint, slots_state, eos_bitmasks, given_first, term_stats, combined.flags
+    )
 
 
 def _attention(search: BeamSearch, state: State, attention: Tensor | None, rows: int) -> Tensor | None:
@@ -164,7 +183,7 @@ def _renormalizes(search: BeamSearch) -> bool:
 
 
 def _eos_bitmasks(search: BeamSearch, state: State, vocab_size: int) -> EosBitmasks:
-    weighs = search.selection.weighs or _renormalizes(search)
+    weighs = search.selection.weighs or _renormalizes(search) or (search.models is not None and search.models.weighs)
     without = weighs and max(state.min_lengths) > 0
     only = state.dialect.at_max_length == "end"
     if state.eos is None or not (without or only):

@@ -12,6 +12,7 @@ from flashbeam.kernels import trace_slots
 
 if TYPE_CHECKING:
     from .state import State
+    from .statistics import Statistics
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class Hypotheses:
     log_inclusion: Tensor | None = None  # float32 [B, N], log-probability of being in the sample; 0 where not valid
     perturbed: Tensor | None = None  # float32 [B, N], what orders the sample of fb.Stochastic: its scores
     threshold: Tensor | None = None  # float32 [B], what a sequence had to exceed to be in it for sure; -inf if nothing
+    statistics: Statistics | None = None  # of the search's steps, if it was made with statistics=True
 
 
 @dataclass

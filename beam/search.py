@@ -1,6 +1,7 @@
 """Beam search as three calls: ``init``, ``step`` for each row of logits the model gives, ``finalize``."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +21,7 @@ from .scoring.running import as_terms, follow_terms
 from .selection import Decided, Expansion, Ranked, Selection, TopK
 from .start import start
 from .state import State
+from .statistics import note, observe
 from .stopping import FirstFinished, Stopping
 
 
@@ -62,6 +64,8 @@ class BeamSearch:
         budget: ``fb.Budget(tokens, seconds)``: stop when it is spent and return the best so far; ``None``: no limit.
         terms: what is added to the score: ``fb.UID(kind, strength)``, ``fb.TokenReward(r)``, ``fb.WordReward(r, ids)``,
             ``fb.Coverage(beta)`` or one's own (:class:`flashbeam.scoring.Term`); a list of them. See docs/scoring.md.
+        statistics: record what each step was like, ``state.statistics`` (:class:`flashbeam.Statistics`). The results
+            are the same; a step takes a pass over the logits and a selection more.
 
     Raises:
         ValueError, TypeError: ``<argument>: expected X, got Y``.
@@ -86,6 +90,7 @@ class BeamSearch:
         dialect: Dialect | None = None,
         budget: Budget | None = None,
         terms: Any = (),
+        statistics: bool = False,
     ):
         self.beam_size = PerRequest("beam_size", beam_size, whole_number(1))
         self.max_length = PerRequest("max_length", max_length, length_limit(1))
@@ -117,6 +122,9 @@ class BeamSearch:
         if budget is not None and not isinstance(budget, Budget):
             raise TypeError(f"budget: expected fb.Budget(...) or None, got {type(budget).__name__}")
         self.terms = as_terms(terms)
+        if not isinstance(statistics, bool):
+            raise TypeError(f"statistics: expected a bool, got {type(statistics).__name__}")
+        self.statistics = statistics
         self._check_selection()
         self._check_regime()
         self._check_terms()
@@ -239,19 +247,24 @@ class BeamSearch:
         """
         found = expand(self, state, logits, bitmask, attention)
         selected = self.selection.select(found.expansion, state.slots.log_probs.shape[1])
+        seen = None if state.record is None else observe(state, found.expansion, selected)
         # nothing can be refused from here on: what follows changes the state
         if state.constraint is None and found.constraint is not None:
             begin(state, found.constraint, found.constraint_state)
         state.vocab_size, state.eos_bitmasks = found.columns, found.eos_bitmasks
         state.source_size = None if attention is None else attention.shape[-1]
-        step = self._step_of_groups(state, self._advance(state, found.expansion, selected), found.given)
+        moves = self._advance(state, found.expansion, selected)
+        step = self._step_of_groups(state, moves, found.given)
         spend(state)
         if found.expansion.terms is not None:
             assert isinstance(selected, Ranked) and selected.best_tokens is not None
             follow_terms(state, found.term_stats, found.expansion.terms, selected.best_tokens, step)
         per_request = state.beam_size if found.given is None else found.given
-        constraint = state.constraint
-        return step if constraint is None else follow_beams(state, constraint, step, self.pad_id, per_request)
+        if state.constraint is not None:
+            step = follow_beams(state, state.constraint, step, self.pad_id, per_request)
+        if seen is not None:
+            note(state, seen, moves)
+        return step
 
     def _advance(self, state: State, expansion: Expansion, selected: Ranked | Decided) -> Moves:
         """Carry out what was selected."""
@@ -318,4 +331,4 @@ class BeamSearch:
         """
         if num_hypotheses is not None:
             whole_number(1)("num_hypotheses", num_hypotheses)
-        return collect(state, num_hypotheses)
+        return replace(collect(state, num_hypotheses), statistics=state.statistics)

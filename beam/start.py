@@ -15,6 +15,7 @@ from .arguments import of_source, whole_number
 from .checks import as_request_ids, as_source_lengths
 from .scoring import LengthPower, norm_tables
 from .state import State
+from .statistics import no_statistics
 
 if TYPE_CHECKING:
     from .search import BeamSearch
@@ -117,9 +118,11 @@ def start(
         in_place=in_place,
         pad_id=search.pad_id,
         dialect=search.dialect,
+        rule=search.stopping.rule,
         min_lengths=lows,
         max_lengths=highs,
         tokens_left=None if tokens is None else on_device(tokens, np.int64),
         deadline=None if budget is None else budget.deadline(),
         source_lengths=None if sources is None else on_device(sources, np.float32),
+        record=no_statistics(count, beams, steps, len(search.eos_ids), device) if search.statistics else None,
     )

@@ -9,12 +9,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from flashbeam.kernels import FLAG_DEAD_END, Draws, History, Limits, Pool, Requests, Slots
+from flashbeam.kernels import FLAG_DEAD_END, Draws, History, Limits, Pool, Requests, Rule, Slots
 
 from .constraint import Bound
 from .dialect import Dialect
 from .hypotheses import Hypotheses, collect
 from .selection import Selection
+from .statistics import Statistics
 
 
 class EosBitmasks(NamedTuple):
@@ -52,6 +53,7 @@ class State:
     in_place: bool  # finished hypotheses stay in their slots
     pad_id: int
     dialect: Dialect
+    rule: Rule  # what the pool keeps and when a request ends
     min_lengths: tuple[int, ...]  # as in limits, on the host
     max_lengths: tuple[int, ...]
     tokens_left: Tensor | None = None  # int64 [B], of the budget
@@ -63,6 +65,7 @@ class State:
     source_size: int | None = None  # S, known from the first attention on
     vocab_size: int | None = None  # known from the first logits on
     eos_bitmasks: EosBitmasks = NO_BITMASKS
+    record: Statistics | None = None  # of each group of a beam; None where they were not asked for
 
     @property
     def batch_size(self) -> int:
@@ -99,6 +102,11 @@ class State:
         groups = self.requests.flags.view(-1, self.groups).unbind(1)
         strands = functools.reduce(torch.bitwise_and, groups) & FLAG_DEAD_END  # a group may, while another goes on
         return functools.reduce(torch.bitwise_or, groups) & ~FLAG_DEAD_END | strands
+
+    @property
+    def statistics(self) -> Statistics | None:
+        """A copy of what is recorded of the steps so far, if the search was made with ``statistics=True``."""
+        return None if self.record is None else self.record.of_requests(self.groups)
 
     @property
     def log_probs(self) -> Tensor:

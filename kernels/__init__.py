@@ -26,6 +26,7 @@ from .bitmask import apply_bitmask_, bits_at, mark_bits, pack_bitmask, unpack_bi
 from .contrast import contrast
 from .divergence import divergence
 from .draw import Drawn, draw_children
+from .entropy import row_entropy
 from .exponential import exp
 from .filters import filter_bitmask
 from .history import backtrace, trace_slots, update_ancestry
@@ -103,6 +104,7 @@ __all__ = [
     "random_codes",
     "reorder",
     "root_nodes",
+    "row_entropy",
     "sample",
     "select_beams",
     "summarize",
