@@ -88,7 +88,7 @@ def test_a_search_under_way_is_exact_only_where_nothing_can_follow():
 
 def test_what_a_quota_left_out_counts_as_possible():
     """The last step finishes two and there is place for one; the other is better than what finished first."""
-    search = fb.BeamSearch(2, 9, [0, 1], pad_id=2, stopping=fb.Patience(1.0, "never"))
+    search = fb.BeamSearch(2, 2, [0, 1], pad_id=2, stopping=fb.Patience(1.0, "never"))
     state = search.init(1)
     search.step(state, torch.tensor([[0.06, 0.0, 0.02, 0.92]]).log())
     search.step(state, torch.tensor([[0.0, 0.0, 0.0, 1.0], [0.6, 0.4, 0.0, 0.0]]).log()[[1, 0]])
