@@ -10,7 +10,7 @@ INSTALLED := .venv/.installed
 unexport PROMPT
 export DEMO_PROMPT := $(value PROMPT)
 
-.PHONY: help demo test test-install lint bench docs clean
+.PHONY: help demo test test-install lint peers bench docs clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile
@@ -31,6 +31,10 @@ lint: $(INSTALLED) ## ruff check, ruff format, mypy
 	@for path in beam/* kernels; do ln -s ../../$$path .site/flashbeam/; done
 	.venv/bin/mypy
 
+peers: $(INSTALLED) ## fetch fairseq's sources, which tests/test_presets.py then runs too
+	.venv/bin/python -m pip download --no-deps --no-build-isolation --no-binary fairseq -d .venv/peers fairseq==0.12.2
+	tar -xzf .venv/peers/fairseq-0.12.2.tar.gz -C .venv/peers
+
 bench: $(INSTALLED) ## the benchmarks, printed
 	.venv/bin/python -m pytest bench -s $(ARGS)
 
@@ -45,5 +49,5 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "PYTHON: expected 3.10 or newer, got " + sys.version)'
 	test -x .venv/bin/pip || $(PYTHON) -m venv .venv
 	.venv/bin/python -m pip install -c constraints.txt torch setuptools
-	.venv/bin/python -m pip install -c constraints.txt --no-build-isolation -e '.[test,bench,docs,lint,hf,grammar]'
+	.venv/bin/python -m pip install -c constraints.txt --no-build-isolation -e '.[test,bench,docs,lint,hf,grammar,peers]'
 	@touch $@

@@ -2,6 +2,7 @@
 
 from flashbeam.kernels import FLAG_DEAD_END, FLAG_INEXACT, FLAG_INF, FLAG_NAN
 
+from . import presets
 from .budget import Budget
 from .cache import reorder
 from .constraint import (
@@ -95,6 +96,7 @@ __all__ = [
     "lattice",
     "noise",
     "p_exact",
+    "presets",
     "reorder",
     "weights",
 ]
