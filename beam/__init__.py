@@ -23,6 +23,7 @@ from .dialect import Dialect
 from .estimate import estimate, weights
 from .hypotheses import Hypotheses
 from .lattice import Lattice, lattice
+from .models import Contrast, Mixture, Switch
 from .noise import Noised, noise
 from .p_exact import PExact, p_exact
 from .scoring import GNMT, UID, Coverage, LengthPower, TokenReward, WordReward
@@ -58,6 +59,7 @@ __all__ = [
     "BestLive",
     "Budget",
     "ConditionalPoisson",
+    "Contrast",
     "Copy",
     "Coverage",
     "Dialect",
@@ -73,6 +75,7 @@ __all__ = [
     "Hypotheses",
     "Lattice",
     "LengthPower",
+    "Mixture",
     "NoRepeatNgram",
     "Noised",
     "PExact",
@@ -87,6 +90,7 @@ __all__ = [
     "Step",
     "Stochastic",
     "SuffixVeto",
+    "Switch",
     "TokenReward",
     "TopK",
     "Trie",

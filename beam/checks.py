@@ -13,10 +13,12 @@ if TYPE_CHECKING:
     from .state import State
 
 
-def as_rows(state: "State", logits: Tensor, vocab_size: int | None, eos_ids: list[int]) -> tuple[Tensor, int]:
+def as_rows(
+    state: "State", logits: Tensor, vocab_size: int | None, eos_ids: list[int], name: str = "logits"
+) -> tuple[Tensor, int]:
     """Logits as rows ``[R, V]`` without gradient, and the vocabulary size in force."""
     if not isinstance(logits, Tensor):
-        raise TypeError(f"logits: expected a tensor, got {type(logits).__name__}")
+        raise TypeError(f"{name}: expected a tensor, got {type(logits).__name__}")
     batch, beams = state.batch_size, state.beam_size
     first = state.vocab_size is None
     shapes = [(batch * beams,), (batch, beams)] + ([(batch,), (batch, 1)] if first else [])
@@ -25,23 +27,23 @@ def as_rows(state: "State", logits: Tensor, vocab_size: int | None, eos_ids: lis
     if tuple(logits.shape[:-1]) not in shapes or columns != wanted or columns == 0:
         v = "V" if first else str(state.vocab_size)
         choice = f"[{batch * beams}, {v}] or [{batch}, {beams}, {v}]" + (f" or [{batch}, {v}]" if first else "")
-        raise ValueError(f"logits: expected shape {choice}, got {list(logits.shape)}")
+        raise ValueError(f"{name}: expected shape {choice}, got {list(logits.shape)}")
     if logits.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise TypeError(
-            f"logits: expected float32, float16 or bfloat16, got {str(logits.dtype).removeprefix('torch.')}"
+            f"{name}: expected float32, float16 or bfloat16, got {str(logits.dtype).removeprefix('torch.')}"
         )
     if logits.device != state.device:
-        raise ValueError(f"logits: expected a tensor on {state.device}, got one on {logits.device}")
+        raise ValueError(f"{name}: expected a tensor on {state.device}, got one on {logits.device}")
     if vocab_size is None:
         vocab_size = columns
     if vocab_size > columns:
-        raise ValueError(f"vocab_size: expected at most the columns of logits, {columns}, got {vocab_size}")
+        raise ValueError(f"vocab_size: expected at most the columns of {name}, {columns}, got {vocab_size}")
     if first:
         for name, token in [("pad_id", state.pad_id), *(("eos_id", token) for token in eos_ids)]:
             if token >= vocab_size:
                 raise ValueError(f"{name}: expected an id inside the vocabulary of {vocab_size}, got {token}")
     if columns > 1 and logits.stride(-1) != 1:
-        raise ValueError(f"logits: expected unit stride in the last dimension, got strides {logits.stride()}")
+        raise ValueError(f"{name}: expected unit stride in the last dimension, got strides {logits.stride()}")
     return logits.detach().flatten(0, -2), vocab_size
 
 
@@ -80,6 +82,26 @@ def as_attention(state: "State", attention: Tensor, rows: int) -> Tensor:
     if attention.device != state.device:
         raise ValueError(f"attention: expected a tensor on {state.device}, got one on {attention.device}")
     return attention.detach().flatten(0, -2)
+
+
+def as_per_row(
+    state: "State", given: Tensor, rows: int, name: str, dtypes: tuple[torch.dtype, ...], columns: int | None = None
+) -> Tensor:
+    """``[rows]`` or ``[rows, columns]`` of what is given per row or per request."""
+    if not isinstance(given, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(given).__name__}")
+    if given.dtype not in dtypes:
+        wanted = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise TypeError(f"{name}: expected {wanted}, got {str(given.dtype).removeprefix('torch.')}")
+    if given.device != state.device:
+        raise ValueError(f"{name}: expected a tensor on {state.device}, got one on {given.device}")
+    batch, tail = state.batch_size, () if columns is None else (columns,)
+    leads = dict.fromkeys([(rows,), (batch, rows // batch), (batch,)])
+    if tuple(given.shape) not in [(*lead, *tail) for lead in leads]:
+        choice = " or ".join(str([*lead, *tail]) for lead in leads)
+        raise ValueError(f"{name}: expected shape {choice}, got {list(given.shape)}")
+    flat = given.detach().reshape(-1, *tail)
+    return flat if flat.shape[0] == rows else flat.repeat_interleave(rows // batch, 0)
 
 
 def as_bools(state: "State", given: Tensor, rows: int, name: str, columns: int | None = None) -> Tensor:

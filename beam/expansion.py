@@ -10,7 +10,7 @@ from torch import Tensor
 
 from flashbeam.kernels import pack_bitmask
 
-from .checks import as_attention, as_bitmask, as_bools, as_rows
+from .checks import as_attention, as_bitmask, as_bools
 from .constrained import FAILED
 from .constraint import Bound, Context, Proposed, bind
 from .models.combining import combine, of_groups, rows_given
@@ -38,10 +38,15 @@ class Expanded(NamedTuple):
 
 
 def expand(
-    search: BeamSearch, state: State, logits: Tensor, bitmask: Tensor | None, attention: Tensor | None
+    search: BeamSearch,
+    state: State,
+    logits: Any,
+    bitmask: Tensor | None,
+    attention: Tensor | None,
+    per_row: dict[str, Tensor | None],
 ) -> Expanded:
     """Check what a step is given and say what may follow. Changes nothing."""
-    sources, vocab_size, per_row = rows_given(search, state, logits, per_row)
+    sources, vocab_size, of_rows = rows_given(search, state, logits, per_row)
     rows = sources[0]
     mask = None if bitmask is None else as_bitmask(state, bitmask, rows.shape[0], vocab_size)
     first, given = state.vocab_size is None, rows.shape[0] // state.batch_size
@@ -49,10 +54,11 @@ def expand(
     if slots_state is FAILED:
         raise ValueError(f"state: expected one whose steps have succeeded, got one in which {FAILED}")
     if first and state.groups > 1:  # every group starts from the request's one row
-        sources, per_row = of_groups(state.groups, given, sources, per_row)
+        sources, of_rows = of_groups(state.groups, given, sources, of_rows)
         rows = sources[0]
         mask = None if mask is None else mask[::given].repeat_interleave(state.groups, 0)
 
+    rescores, weighs = (search.models is not None and getattr(search.models, of) for of in ("rescores", "weighs"))
     listed, banks, veto = None, None, None
     if constraint is not None:
         now = slots_state
@@ -63,9 +69,11 @@ def expand(
         uses, record = getattr(search.selection, "uses", ()), state.record is not None  # entropies ask for masks
         if "banks" in uses:
             banks = constraint.banks(now)
-        if banks is not None and search.terms:
-            raise ValueError("constraint: expected one without banks for a search with terms, got fb.Phrases")
-        if "lists" in uses and banks is None and not search.terms and search.dialect.finishes != "row" and not record:
+        if banks is not None and (search.terms or rescores):
+            kind = "terms" if search.terms else str(search.models)
+            raise ValueError(f"constraint: expected one without banks for a search with {kind}, got fb.Phrases")
+        masks = search.terms or rescores or weighs or search.dialect.finishes == "row" or record
+        if "lists" in uses and banks is None and not masks:
             listed, ours = constraint.listed(now)
         else:
             ours = constraint.bitmask(now)
@@ -92,7 +100,7 @@ def expand(
     adjust = None if constraint is None else partial(constraint.adjust, now)
     combined = Combined(rows if adjust is None else adjust(rows))
     if search.models is not None:
-        rest = (active, allowed, temperature, search.normalize, vocab_size, per_row)
+        rest = (active, allowed, temperature, search.normalize, vocab_size, of_rows)
         combined = combine(search.models, state.models, Given(sources, *rest), adjust)
         if combined.bitmask is not None:
             mask, allowed = (combined.bitmask if bits is None else combined.bitmask & bits for bits in (mask, allowed))
@@ -128,9 +136,7 @@ def expand(
     )
     given_first = given if first else None
     columns = sources[0].shape[1]
-    return Expanded(
-        expansion, columns, constraint, slots_state, eos_bitmasks, given_first, term_stats, combined.flags
-    )
+    return Expanded(expansion, columns, constraint, slots_state, eos_bitmasks, given_first, term_stats, combined.flags)
 
 
 def _attention(search: BeamSearch, state: State, attention: Tensor | None, rows: int) -> Tensor | None:

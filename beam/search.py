@@ -16,6 +16,8 @@ from .constraint import as_constraint
 from .dialect import Dialect
 from .expansion import expand
 from .hypotheses import Hypotheses, collect
+from .models import Models
+from .models.combining import check_models
 from .scoring import LengthPower, Scoring, as_scoring, check_norms
 from .scoring.running import as_terms, follow_terms
 from .selection import Decided, Expansion, Ranked, Selection, TopK
@@ -62,6 +64,8 @@ class BeamSearch:
         dialect: who may finish, what becomes of live beams at ``max_length``, what the length counts:
             ``fb.Dialect(...)``; only where finished hypotheses go to a pool.
         budget: ``fb.Budget(tokens, seconds)``: stop when it is spent and return the best so far; ``None``: no limit.
+        models: how the logits of several models become one row: ``fb.Mixture(weights)``, ``fb.Contrast()``,
+            ``fb.Switch()``; every step is then given a tuple of logits. See docs/models.md.
         terms: what is added to the score: ``fb.UID(kind, strength)``, ``fb.TokenReward(r)``, ``fb.WordReward(r, ids)``,
             ``fb.Coverage(beta)`` or one's own (:class:`flashbeam.scoring.Term`); a list of them. See docs/scoring.md.
         statistics: record what each step was like, ``state.statistics`` (:class:`flashbeam.Statistics`). The results
@@ -90,6 +94,7 @@ class BeamSearch:
         dialect: Dialect | None = None,
         budget: Budget | None = None,
         terms: Any = (),
+        models: Models | None = None,
         statistics: bool = False,
     ):
         self.beam_size = PerRequest("beam_size", beam_size, whole_number(1))
@@ -128,6 +133,8 @@ class BeamSearch:
         self._check_selection()
         self._check_regime()
         self._check_terms()
+        self.models = models
+        check_models(self)
         batch_sizes = {argument.name: len(argument.values) for argument in self.per_request() if not argument.shared}
         if len(set(batch_sizes.values())) > 1:
             name, size = next(iter(batch_sizes.items()))
@@ -225,7 +232,14 @@ class BeamSearch:
         return start(self, batch_size, torch.device(device), request_ids, source_lengths)
 
     def step(
-        self, state: State, logits: Tensor, bitmask: Tensor | None = None, *, attention: Tensor | None = None
+        self,
+        state: State,
+        logits: Tensor | Sequence[Tensor],
+        bitmask: Tensor | None = None,
+        *,
+        attention: Tensor | None = None,
+        weights: Tensor | None = None,
+        gate: Tensor | None = None,
     ) -> Step:
         """Consume the model's logits for the current beams and choose the next ones.
 
@@ -233,11 +247,15 @@ class BeamSearch:
             state: changed in place; unchanged if an error is raised. Only a constraint of the user's own may raise one
                 once beams have been chosen, in ``advance`` or ``accepts``: then the state is refused from there on.
             logits: ``[B * K, V]`` or ``[B, K, V]`` float32, float16 or bfloat16, unit stride over ``V``; on the first
-                call also ``[B, V]``. Not modified. Rows of slots that are not valid are not read.
+                call also ``[B, V]``. Not modified. Rows of slots that are not valid are not read. With ``models`` a
+                tuple of such tensors, one per model.
             bitmask: int32, one row of ``ceil(V / 32)`` words per row of logits or per request: bit ``j % 32`` of word
                 ``j // 32`` is set where token ``j`` may follow. In addition to the constraint.
             attention: ``[R, S]`` or ``[B, R / B, S]`` float32, float16 or bfloat16 for R rows of logits, S the same at
                 every step: what the rows paid to the positions of the source, 0 at padding; for ``fb.Coverage``.
+            weights: ``[R, M]``, ``[B, R / B, M]`` or ``[B, M]`` float32, the models' weights at this step, for
+                ``fb.Mixture``.
+            gate: ``[R]``, ``[B, R / B]`` or ``[B]``, bool, int64 or float32, for ``fb.Switch``.
 
         Returns:
             A :class:`Step`.
@@ -245,8 +263,10 @@ class BeamSearch:
         Raises:
             ValueError, TypeError: ``<argument>: expected X, got Y``.
         """
-        found = expand(self, state, logits, bitmask, attention)
+        found = expand(self, state, logits, bitmask, attention, {"weights": weights, "gate": gate})
         selected = self.selection.select(found.expansion, state.slots.log_probs.shape[1])
+        if found.flags is not None:
+            selected = selected.with_flags(found.flags)
         seen = None if state.record is None else observe(state, found.expansion, selected)
         # nothing can be refused from here on: what follows changes the state
         if state.constraint is None and found.constraint is not None:

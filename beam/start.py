@@ -123,6 +123,7 @@ def start(
         max_lengths=highs,
         tokens_left=None if tokens is None else on_device(tokens, np.int64),
         deadline=None if budget is None else budget.deadline(),
+        models=None if search.models is None else search.models.begin(batch_size, device),
         source_lengths=None if sources is None else on_device(sources, np.float32),
         record=no_statistics(count, beams, steps, len(search.eos_ids), device) if search.statistics else None,
     )

@@ -3,6 +3,7 @@
 import copy
 import functools
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ from flashbeam.kernels import FLAG_DEAD_END, Draws, History, Limits, Pool, Reque
 from .constraint import Bound
 from .dialect import Dialect
 from .hypotheses import Hypotheses, collect
+from .polling import rounds
 from .selection import Selection
 from .statistics import Statistics
 
@@ -63,6 +65,7 @@ class State:
     term_stats: tuple[Any, ...] = ()  # of the score's terms, nests of tensors, rows first
     source_lengths: Tensor | None = None  # float32 [B]
     source_size: int | None = None  # S, known from the first attention on
+    models: Any = None  # what a combination of models keeps on the device
     vocab_size: int | None = None  # known from the first logits on
     eos_bitmasks: EosBitmasks = NO_BITMASKS
     record: Statistics | None = None  # of each group of a beam; None where they were not asked for
@@ -120,6 +123,15 @@ class State:
     def all_done(self) -> bool:
         """Whether every request is done, or the time is up. Waits for the device: the loop's only synchronisation."""
         return self.out_of_time() or bool(self.requests.done.all())
+
+    def until_done(self) -> Iterator[None]:
+        """Rounds of a loop, each of which makes one step; ``for _ in state.until_done():`` ends when all are done.
+
+        Like ``while not state.all_done():``, but a GPU is not waited for: the host looks at an answer one round old, so
+        there may be one round more, which changes nothing, and none beyond ``max_length``. A loop that goes on with
+        a search under way waits once, at its beginning.
+        """
+        return rounds(self, late=self.device.type == "cuda")
 
     def best(self) -> Hypotheses:
         """The best hypothesis of each request so far, finished or not (``N = 1``), for streaming."""

@@ -46,7 +46,7 @@ class _Rows:
         """float32 ``[n, V]``, memory of its own."""
         a = self.logits[i][rows, : self.vocab_size].float()
         if self.temperature is not None:
-            a /= self.temperature[i]
+            a /= self.temperature[rows, i, None]
         if self.onehot is not None:
             at = self.onehot[rows, i, None]
             tokens = torch.arange(self.vocab_size, device=a.device)
@@ -156,7 +156,7 @@ def mixture(
 
     Equivalent to, for ``"probability"`` and for ``"log"``::
 
-        a = torch.stack([x.float() for x in logits]) / temperature[:, None, None]
+        a = torch.stack([x.float() for x in logits]) / temperature.T[:, :, None]
         (a.log_softmax(-1) + weights.T.log()[:, :, None]).logsumexp(0)
         (a * weights.T[:, :, None]).sum(0)
 
@@ -170,7 +170,7 @@ def mixture(
         lse: ``[R, M]`` float32, each model's log-sum-exp after temperature, as ``summarize`` gives it; needed for
             ``"probability"``, where several models have a weight. With ``"log"`` it makes the sum one of
             log-probabilities.
-        temperature: ``[M]`` float32 above 0; divides the models' logits.
+        temperature: ``[R, M]`` float32 above 0; divides the models' logits.
         onehot: ``[R, M]`` int64; a token that holds all of the model's mass, or -1 where its logits say.
         active: ``[R]`` bool; rows that are not are not read, and hold anything.
         vocab_size: columns from here on are padding and never read.
@@ -194,14 +194,11 @@ def mixture(
         vocab_size = check_rows(x, vocab_size, None, None, f"logits[{i}]")
     rows, models = logits[0].shape[0], len(logits)
     check_candidates(logits[0], active, None)
-    per_model = {"weights": weights, "lse": lse}
+    per_model = {"weights": weights, "lse": lse, "temperature": temperature}
     for name, tensor in per_model.items():
         if tensor is not None:
             check_dtype(name, tensor, torch.float32)
             check_shape(name, tensor, "[R, M]", rows, models)
-    if temperature is not None:
-        check_dtype("temperature", temperature, torch.float32)
-        check_shape("temperature", temperature, "[M]", models)
     if onehot is not None:
         check_dtype("onehot", onehot, torch.int64)
         check_shape("onehot", onehot, "[R, M]", rows, models)
@@ -210,6 +207,6 @@ def mixture(
     if kind == "probability" and lse is None:
         raise ValueError("lse: expected a tensor for kind='probability', got None")
     tensors = {f"logits[{i}]": x for i, x in enumerate(logits)}
-    check_same_device(**tensors, **per_model, temperature=temperature, onehot=onehot)
+    check_same_device(**tensors, **per_model, onehot=onehot)
     small = (contiguous(field) for field in (weights, lse, temperature, onehot, active))
     return mixture_op([x.detach() for x in logits], *small, vocab_size, kind == "log")

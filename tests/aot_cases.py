@@ -189,7 +189,7 @@ def _mixture(models: int, loglinear: bool = False, options: bool = False) -> tup
         [_new(ROWS, VOCAB, dtype=(_bf16, _f32)[i % 2]) for i in range(models)],
         _new(ROWS, models),
         _new(ROWS, models) if options or not loglinear else None,
-        _new(models) if options else None,
+        _new(ROWS, models) if options else None,
         _new(ROWS, models, dtype=_i64) if options else None,
         _new(ROWS, dtype=torch.bool) if options else None,
         VOCAB,

@@ -25,8 +25,7 @@ def rows_of(models, rows=6, vocab=300, scale=4.0):
 
 def lse_of(logits, temperature=None, vocab_size=None):
     """float32 [R, M]."""
-    rows = logits[0].shape[0]
-    each = [None] * len(logits) if temperature is None else [t.repeat(rows) for t in temperature]
+    each = [None] * len(logits) if temperature is None else temperature.unbind(1)
     pairs = zip(logits, each, strict=True)
     return torch.stack([summarize(x, temperature=t, vocab_size=vocab_size).lse for x, t in pairs], 1)
 
@@ -52,14 +51,14 @@ def within_budget(got, exact, plain):
 @pytest.mark.parametrize("tempered", [False, True])
 def test_probability_mixture(models, tempered, device):
     logits, weights = rows_of(models), torch.rand(6, models)
-    temperature = torch.rand(models) + 0.5 if tempered else None
+    temperature = torch.rand(6, models) + 0.5 if tempered else None
     weights[1], weights[1, models // 2], weights[2], weights[3, 0] = 0.0, 0.7, 0.0, 0.0
     weights[3, -1] = 1.0
     lse = lse_of(logits, temperature)
     y = mixture(logits, weights, lse=lse, temperature=temperature)
     assert y.dtype == torch.float32 and y.shape == (6, 300)
     log_probs = torch.stack(
-        [log_softmax64(x, None if temperature is None else temperature[i]) for i, x in enumerate(logits)]
+        [log_softmax64(x, None if temperature is None else temperature[:, i, None]) for i, x in enumerate(logits)]
     )
     exact = (log_probs + weights.double().log().T[:, :, None]).logsumexp(0)
     plain = (log_probs.float() + weights.log().T[:, :, None]).logsumexp(0)
@@ -68,7 +67,7 @@ def test_probability_mixture(models, tempered, device):
         within_budget(y[row], exact[row], plain[row])
     assert (y[2] == -INF).all()
     alone = logits[models // 2][1].float()
-    assert torch.equal(y[1], alone if temperature is None else alone / temperature[models // 2])
+    assert torch.equal(y[1], alone if temperature is None else alone / temperature[1, models // 2])
     kernel = launch_mixture(*to(device, logits, weights, lse, temperature, None, None), 300, False)
     assert torch.equal(kernel[1].cpu(), y[1]) and torch.equal(kernel[2].cpu(), y[2])
     for row in shared.tolist():
@@ -82,13 +81,13 @@ def to(device, *args):
 @pytest.mark.parametrize("models", [1, 2, 5])
 @pytest.mark.parametrize("normal", [False, True])
 def test_log_mixture_is_one_sum_in_order(models, normal, device):
-    logits, weights, temperature = rows_of(models), torch.rand(6, models) * 2, torch.rand(models) + 0.5
+    logits, weights, temperature = rows_of(models), torch.rand(6, models) * 2, torch.rand(6, models) + 0.5
     weights[1, 0], weights[2] = 0.0, 0.0
     lse = lse_of(logits, temperature) if normal else None
     y = mixture(logits, weights, kind="log", lse=lse, temperature=temperature)
     total = np.zeros((6, 300), np.float32)
     for i, x in enumerate(logits):
-        a = x.float().numpy() / temperature[i].numpy()
+        a = x.float().numpy() / temperature[:, i, None].numpy()
         if normal:
             a = np.minimum(a - lse[:, i, None].numpy(), np.float32(0))
         total += a * weights[:, i, None].numpy()
@@ -297,7 +296,7 @@ def test_opcheck(full, device):
     onehot = torch.full((4, 2), -1, device=device) if full else None
     choice = torch.zeros(4, dtype=torch.int64, device=device) if full else None
     check, ops = torch.library.opcheck, torch.ops.flashbeam
-    model_temperature = torch.ones(2, device=device) if full else None
+    model_temperature = torch.ones(4, 2, device=device) if full else None
     check(ops.mixture, ([x, y], torch.rand(4, 2, device=device), lse, model_temperature, onehot, active, 300, full))
     rows = (lse[:, 0].contiguous(), lse[:, 1:].contiguous())
     check(

@@ -44,7 +44,10 @@ class Expansion(NamedTuple):
     banks: Banks | None = None
     veto: Veto | None = None
     finishes: str = "beam"  # which EOS candidates finish: see fb.Dialect
-    terms: Terms | None = None  # of the score, for rules whose ``uses`` names them
+    # of the score, for rules whose ``uses`` names "terms"
+    terms: Terms | None = None
+    increments: Tensor | None = None  # float32 [R, vocab_size], what candidates add to it, if not log-probabilities
+    falls: bool = True  # whether increments are never above 0
 
     @property
     def parents(self) -> int:
@@ -61,6 +64,10 @@ class Ranked(NamedTuple):
     bound: Tensor | None = None  # float32 [B], the most that a beam which lives on can score, if norms do not say
     best_tokens: Tensor | None = None  # float32 [R, 1], log-probability of the best token that may follow, for terms
 
+    def with_flags(self, flags: Tensor) -> "Ranked":
+        """With flags int32 ``[R]`` more."""
+        return self._replace(candidates=self.candidates._replace(flags=self.candidates.flags | flags))
+
 
 class Decided(NamedTuple):
     """What every slot is to hold, frozen hypotheses included."""
@@ -68,13 +75,18 @@ class Decided(NamedTuple):
     choice: Choice
     flags: Tensor  # int32 [R], FLAG_NAN and FLAG_INF of the rows read
 
+    def with_flags(self, flags: Tensor) -> "Decided":
+        """With flags int32 ``[R]`` more."""
+        return self._replace(flags=self.flags | flags)
+
 
 @runtime_checkable
 class Selection(Protocol):
     """A rule that picks ``k`` candidates per request. Plain class attributes will do for the properties.
 
     A rule may have ``uses``: what else of a constraint it can make use of, of ``("lists", "banks", "veto")``, and
-    ``"terms"`` if it ranks by the score that ``Expansion.terms`` give, ``"finishes"`` if it heeds that.
+    ``"terms"`` if it ranks by the score that ``Expansion.terms`` or ``increments`` give, ``"finishes"`` if it heeds
+    that.
     """
 
     @property

@@ -11,6 +11,7 @@ from .banked import banked
 from .finishing import REACH, among_double, among_row
 from .protocol import Decided, Expansion, Ranked
 from .vetoed import vetoed
+from .with_increments import with_increments
 from .with_terms import with_terms
 
 
@@ -31,6 +32,8 @@ class TopK:
 
     def select(self, expansion: Expansion, k: int) -> Ranked | Decided:
         """See :class:`flashbeam.selection.Selection`."""
+        if expansion.increments is not None:
+            return with_increments(expansion, k)
         if expansion.terms is not None:
             return with_terms(expansion, k)
         if expansion.banks is not None:

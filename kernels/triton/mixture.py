@@ -41,7 +41,7 @@ def _add(
             pick = tl.load(onehot_ptr + at + model)
         a = as_float(tl.load(x_ptr + token, mask=token < vocab_size * (pick < 0), other=0.0))
         if HAS_TEMPERATURE:
-            a = tl.div_rn(a, tl.load(temperature_ptr + model))
+            a = tl.div_rn(a, tl.load(temperature_ptr + at + model))
         if HAS_ONEHOT:
             a = tl.where(pick < 0, a, tl.where(token == pick, 0.0, -float("inf")))
         lse = tl.full([], 0.0, tl.float32)
@@ -73,7 +73,7 @@ def _mixture_kernel(
     x3_ptr,
     weights_ptr,  # *f32 [R, M]
     lse_ptr,  # *f32 [R, M] or unused
-    temperature_ptr,  # *f32 [M] or unused
+    temperature_ptr,  # *f32 [R, M] or unused
     onehot_ptr,  # *i64 [R, M] or unused
     active_ptr,  # *i1 [R] or unused
     # outputs
