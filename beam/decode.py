@@ -5,27 +5,33 @@ from typing import Any
 
 from torch import Tensor
 
-from .cache import reorder
+from .cache import leaves_of, reorder
+from .capture import Captured
+from .constraint import runs_on_host
 from .hypotheses import Hypotheses
-from .search import BeamSearch
+from .search import BeamSearch, Step
+from .state import State
+
+Model = Callable[[Tensor, Any], tuple[Tensor, Any]]
 
 
 def decode(
     search: BeamSearch,
-    model: Callable[[Tensor, Any], tuple[Tensor, Any]],
+    model: Model,
     tokens: Tensor,
     cache: Any = None,
     *,
     num_hypotheses: int | None = None,
     request_ids: Tensor | None = None,
     source_lengths: Tensor | Sequence[int] | None = None,
+    capture: bool = False,
 ) -> Hypotheses:
     """Run ``search`` to its end.
 
     Equivalent to::
 
         state = search.init(batch_size, tokens.device, request_ids, source_lengths)
-        while not state.all_done():
+        for _ in state.until_done():
             logits, cache = model(tokens, cache)
             step = search.step(state, logits)
             tokens, cache = step.tokens.flatten(), fb.reorder(cache, step.source_rows)
@@ -41,16 +47,67 @@ def decode(
         num_hypotheses: N; default ``beam_size``.
         request_ids: int64 ``[B]``, name the requests for the randomness.
         source_lengths: ``[B]``, what length limits are functions of, where they are.
+        capture: replay the model and the step as one CUDA graph from the third call on. The second call is made with
+            the ``tokens [B * K]`` and the reordered cache that all later ones read, so the cache that the model returns
+            must have the same shapes and the same plain values at every call: what changes, such as a position, is a
+            tensor. What it returns may be what it was given, changed in place, or new tensors, which are copied there.
+            On a CPU nothing is captured, but the cache stays where it is too.
 
     Returns:
         :class:`Hypotheses`.
+
+    Raises:
+        ValueError, TypeError: ``<argument>: expected X, got Y``.
     """
+    if not isinstance(capture, bool):
+        raise TypeError(f"capture: expected a bool, got {type(capture).__name__}")
     if not isinstance(tokens, Tensor) or tokens.dim() == 0:
         raise TypeError(f"tokens: expected a tensor with requests first, got {type(tokens).__name__}")
+    if capture and any(map(runs_on_host, search.constraint.values)):
+        raise ValueError("capture: expected False with fb.Grammar, whose matchers run on the host, got True")
     state = search.init(tokens.shape[0], tokens.device, request_ids, source_lengths)
-    while True:
+    if capture:
+        _replay(search, state, model, tokens, cache)
+        return search.finalize(state, num_hypotheses)
+    step: Step | None = None
+    for _ in state.until_done():
+        if step is not None:
+            tokens, cache = step.tokens.flatten(), reorder(cache, step.source_rows)
         logits, cache = model(tokens, cache)
         step = search.step(state, logits)
-        if state.all_done():
-            return search.finalize(state, num_hypotheses)
+    return search.finalize(state, num_hypotheses)
+
+
+def _replay(search: BeamSearch, state: State, model: Model, tokens: Tensor, cache: Any) -> None:
+    """The loop of :func:`decode`, captured."""
+    again: Captured[None] | None = None
+    for _ in state.until_done():
+        if again is not None:
+            again()
+            continue
+        logits, cache = model(tokens, cache)
+        step = search.step(state, logits)
         tokens, cache = step.tokens.flatten(), reorder(cache, step.source_rows)
+        again = Captured(_in_place(search, state, model, tokens, cache), state.device, warmup=1)
+
+
+def _in_place(search: BeamSearch, state: State, model: Model, tokens: Tensor, cache: Any) -> Callable[[], None]:
+    """A round of the loop that finds and leaves its tokens and its cache in the same memory."""
+
+    def go_on() -> None:
+        logits, found = model(tokens, cache)
+        _check_static(cache, found)
+        step = search.step(state, logits)
+        tokens.copy_(step.tokens.flatten())
+        reorder(found, step.source_rows, out=cache, group_size=state.beam_size)
+
+    return go_on
+
+
+def _check_static(before: Any, after: Any) -> None:
+    """A model's cache has the shapes and plain values it was given; its structure is for ``reorder`` to check."""
+    for (path, given), (_, found) in zip(leaves_of(before, "cache"), leaves_of(after, "cache"), strict=False):
+        if isinstance(given, Tensor) and isinstance(found, Tensor):
+            given, found = list(given.shape), list(found.shape)
+        if not isinstance(given, Tensor) and not isinstance(found, Tensor) and given != found:
+            raise ValueError(f"{path}: expected it to stay {given}, for capture=True, got {found}")

@@ -10,7 +10,7 @@ copying, ngram, prefix, repetition    a file each; said and token_lists: what th
 """
 
 from .automaton import Automaton
-from .binding import AllOf, as_constraint, bind
+from .binding import AllOf, as_constraint, bind, runs_on_host
 from .copying import Copy
 from .forbidden import ForbiddenPhrases
 from .grammar import Grammar
@@ -41,4 +41,5 @@ __all__ = [
     "Trie",
     "as_constraint",
     "bind",
+    "runs_on_host",
 ]

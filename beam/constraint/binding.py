@@ -59,6 +59,11 @@ def _parts(given: Any) -> list[Any]:
     return [given]
 
 
+def runs_on_host(given: Any) -> bool:
+    """Whether a constraint, or a part of it, waits for the device in each step."""
+    return any(getattr(part, "on_host", False) for part in _parts(given))
+
+
 def bind(requests: Sequence[Any], context: Context) -> Bound | None:
     """Bind the constraint of each request: those of one class together, so that a step asks each class once."""
     columns: dict[Any, list[Any]] = {}

@@ -39,6 +39,8 @@ class Grammar:
     unless the grammar begins with ``%llguidance {"no_forcing": true}``.
     """
 
+    on_host = True
+
     def __init__(self, compiled: Any, tokenizer: Any = None):
         if is_compiled(compiled) and tokenizer is None:
             self.root: Matcher = XGrammar.start(compiled)
