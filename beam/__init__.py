@@ -5,6 +5,7 @@ from flashbeam.kernels import FLAG_DEAD_END, FLAG_INEXACT, FLAG_INF, FLAG_NAN
 from . import presets
 from .budget import Budget
 from .cache import reorder
+from .capture import Captured
 from .constraint import (
     AllOf,
     Automaton,
@@ -58,6 +59,7 @@ __all__ = [
     "BestFinished",
     "BestLive",
     "Budget",
+    "Captured",
     "ConditionalPoisson",
     "Contrast",
     "Copy",

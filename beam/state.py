@@ -12,6 +12,7 @@ from torch import Tensor
 
 from flashbeam.kernels import FLAG_DEAD_END, Draws, History, Limits, Pool, Requests, Rule, Slots
 
+from .cache import leaves_of
 from .constraint import Bound
 from .dialect import Dialect
 from .hypotheses import Hypotheses, collect
@@ -141,6 +142,37 @@ class State:
     def clone(self) -> "State":
         """A snapshot to go back to: it shares no memory that a step changes."""
         return replace(self, **{field.name: _cloned(getattr(self, field.name)) for field in fields(self)})
+
+    def copy_(self, other: "State") -> None:
+        """Take over what ``other`` holds, into this state's own memory: a captured step then goes on from there.
+
+        ``other`` is a state of the same search and batch size; both have made a step. If there is a constraint, their
+        requests have the same length limits too.
+
+        Raises:
+            ValueError: ``other`` is no such state. Nothing has changed then.
+        """
+        mine, theirs = (
+            {path: (leaf, leaf.shape, leaf.dtype, leaf.device) for path, leaf in _tensors(state)}
+            for state in (self, other)
+        )
+        alike = mine.keys() == theirs.keys() and all(mine[path][1:] == theirs[path][1:] for path in mine)
+        limits = self.constraint is None or (self.min_lengths, self.max_lengths) == (
+            other.min_lengths,
+            other.max_lengths,
+        )
+        if not alike or not limits or self.vocab_size is None or self.vocab_size != other.vocab_size:
+            raise ValueError("other: expected a state of the same search and batch size after a step, got another")
+        for path, (leaf, *_) in mine.items():
+            leaf.copy_(theirs[path][0])
+        self.deadline = other.deadline
+
+
+def _tensors(state: State) -> Iterator[tuple[str, Tensor]]:
+    for field in fields(state):
+        value = getattr(state, field.name)
+        if not isinstance(value, (Selection, Bound)):
+            yield from ((path, leaf) for path, leaf in leaves_of(value, field.name) if isinstance(leaf, Tensor))
 
 
 def _cloned(value: Any) -> Any:
