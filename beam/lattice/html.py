@@ -19,23 +19,24 @@ _PAGE = """
 }
 body { margin: 0; background: var(--paper); color: var(--ink);
   font: 14px/1.5 system-ui, -apple-system, 'Segoe UI', 'DejaVu Sans', sans-serif }
-main { padding: 20px 24px 48px }
+main { padding: 20px 24px 64px }
 h1 { font-size: 19px; margin: 0 0 4px }
 h2 { font-size: 15px; margin: 32px 0 8px }
 p { margin: 0 0 12px; color: var(--note); max-width: 72em }
 code, td.text, output { font: 12.5px/1.5 ui-monospace, 'SF Mono', Menlo, Consolas, 'DejaVu Sans Mono', monospace }
-.scroll { overflow: auto; max-height: 82vh; border: 1px solid var(--line); border-radius: 8px }
+.scroll { overflow: auto; max-height: 64vh; border: 1px solid var(--line); border-radius: 8px }
+.scroll.list { max-height: 30vh; border: 0; margin-top: 10px }
 svg { display: block }
-table { border-collapse: collapse; margin: 0 0 12px }
+table { border-collapse: collapse; margin: 0 0 12px; font-size: 13px }
 th { font-weight: 500; font-size: 12px; color: var(--note); text-align: right; padding: 2px 14px 2px 0 }
 td { text-align: right; padding: 2px 14px 2px 0; font-variant-numeric: tabular-nums; border-top: 1px solid var(--line) }
 th.text, td.text { text-align: left; white-space: pre-wrap; overflow-wrap: anywhere }
 tr[data-i]:hover { background: var(--tint) }
+output:empty { display: none }
 output { position: fixed; left: 0; right: 0; bottom: 0; min-height: 1.5em; padding: 7px 24px; white-space: pre-wrap;
   background: var(--paper); border-top: 1px solid var(--line) }
 .dim .e, .dim .n { opacity: .22 }
 .dim .on { opacity: 1 }
-.key { display: inline-block; padding: 0 7px; border: 1.2px solid; border-radius: 5px; margin-right: 3px }
 """
 
 # no "less than" and no ampersand: the page is XML as well as HTML
@@ -87,7 +88,10 @@ def draw(trees: Sequence[Tree], decode: Decode | None, title: str) -> str:
 
 def _section(tree: Tree, decode: Decode | None) -> str:
     title, n_best, picture = escape(summary(tree)), _n_best(tree, decode), _picture(figure(tree, decode))
-    return f'<section>\n<h2>{title}</h2>\n{n_best}\n<div class="scroll">{picture}</div>\n</section>'
+    return (
+        f'<section>\n<h2>{title}</h2>\n<div class="scroll">{picture}</div>\n'
+        f'<div class="scroll list">{n_best}</div>\n</section>'
+    )
 
 
 def _picture(drawn: Figure) -> str:

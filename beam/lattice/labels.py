@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from collections.abc import Callable, Sequence
 
@@ -35,8 +36,10 @@ def token_label(token: int, decode: Decode | None) -> str:
 
 
 def line_of(tokens: Sequence[int], decode: Decode | None) -> str:
-    """The text of several tokens on one line; their ids where there is none."""
-    return " ".join(map(str, tokens)) if decode is None else visible(decode(list(tokens)))
+    """The text of several tokens on one line, indentation shortened; their ids where there is none."""
+    if decode is None:
+        return " ".join(map(str, tokens))
+    return re.sub(" {3,}", "  ", visible(decode(list(tokens))))
 
 
 def columns(text: str) -> int:

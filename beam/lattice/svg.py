@@ -20,7 +20,6 @@ _PAD = 7  # inside a node, left and right
 _GAP = 30  # between columns, where lines change rows
 _ROW, _NODE = 27, 19  # heights
 _MARGIN = 20
-_HEADING = 46  # above the rows: the title and the numbers of the steps
 _STRIP = 26  # the entropies
 
 CLASSES = ("dead", "pruned", "finished", "live", "best")  # by status
@@ -100,7 +99,7 @@ class Figure(NamedTuple):
 
 def draw(trees: Sequence[Tree], decode: Decode | None) -> str:
     """All trees, one below the other, and a legend."""
-    figures = [figure(tree, decode) for tree in trees]
+    figures = [figure(tree, decode, summary(tree)) for tree in trees]
     legend = _legend()
     height = legend.height + sum(each.height for each in figures)
     width = max([each.width for each in figures] + [legend.width])
@@ -116,10 +115,11 @@ def draw(trees: Sequence[Tree], decode: Decode | None) -> str:
     )
 
 
-def figure(tree: Tree, decode: Decode | None) -> Figure:
+def figure(tree: Tree, decode: Decode | None, title: str = "") -> Figure:
     """One tree."""
-    place = _Places(tree, decode)
-    parts = [f'<text class="title" x="{_MARGIN}" y="18">{escape(summary(tree))}</text>', *_bands(tree, place)]
+    place = _Places(tree, decode, title)
+    parts = [f'<text class="title" x="{_MARGIN}" y="18">{escape(title)}</text>'] if title else []
+    parts += _bands(tree, place)
     order = sorted(range(1, len(tree)), key=lambda node: (tree.status[node], -node))  # what matters most comes last
     parts += [_edge(tree, place, node) for node in order]
     x, y = place.root
@@ -132,7 +132,7 @@ def figure(tree: Tree, decode: Decode | None) -> Figure:
 class _Places:
     """Pixels of nodes."""
 
-    def __init__(self, tree: Tree, decode: Decode | None) -> None:
+    def __init__(self, tree: Tree, decode: Decode | None, title: str) -> None:
         self.layout: Layout = lay_out(tree)
         self.labels = [cut(token_label(token, decode), _LONGEST) for token in tree.token.tolist()]
         self.ends = {node: _badge(tree, node) for node in tree.leaves.tolist()}
@@ -145,9 +145,10 @@ class _Places:
         for width in widths:
             self.left.append(self.left[-1] + width + _GAP)
         self.widths = widths
-        self.rows_begin = _HEADING + (_STRIP if tree.statistics is not None else 0)
+        self.top = 26.0 if title else 6.0
+        self.rows_begin = self.top + 20 + (_STRIP if tree.statistics is not None else 0)
         self.width = self.left[-1] - _GAP + _MARGIN
-        self.width = max(self.width, 2 * _MARGIN + 7.0 * len(summary(tree)))
+        self.width = max(self.width, 2 * _MARGIN + 7.0 * len(title))
         self.height = self.rows_begin + self.layout.rows * _ROW + 26
         self.root = (self.left[0] + 12, self.y(0))
 
@@ -187,25 +188,25 @@ def _bands(tree: Tree, place: _Places) -> list[str]:
         x, width = place.left[step + 1], place.widths[step + 1]
         if step % 2 == 0:
             parts.append(
-                f'<rect class="band" x="{_px(x - _GAP / 2)}" y="26" width="{_px(width + _GAP)}" '
-                f'height="{_px(place.height - 42)}"/>'
+                f'<rect class="band" x="{_px(x - _GAP / 2)}" y="{_px(place.top)}" width="{_px(width + _GAP)}" '
+                f'height="{_px(place.height - place.top - 16)}"/>'
             )
-        parts.append(f'<text class="note" x="{_px(x)}" y="40">{step + 1}</text>')
+        parts.append(f'<text class="note" x="{_px(x)}" y="{_px(place.top + 14)}">{step + 1}</text>')
     if tree.statistics is None:
         return parts
     means = [
         float(entropy[expanded].mean()) if expanded.any() else 0.0
         for entropy, expanded in zip(tree.statistics.entropy, tree.statistics.expanded, strict=True)
     ]
-    scale = 16 / max([*means, 1e-9])
-    parts.append(f'<text class="note" x="{_MARGIN - 8}" y="62">entropy</text>')
+    scale, base = 16 / max([*means, 1e-9]), place.top + 38
+    parts.append(f'<text class="note" x="{_MARGIN - 8}" y="{_px(base - 2)}">entropy</text>')
     for step, mean in enumerate(means):
         x, tall = place.left[step + 1], max(mean * scale, 0.5)
         parts.append(
             f'<g class="s"><title>{escape(_of_step(tree, step))}</title>'
-            f'<rect fill-opacity="0" x="{_px(x)}" y="46" width="{_px(place.widths[step + 1])}" height="20"/>'
-            f'<rect class="bar" x="{_px(x)}" y="{_px(64 - tall)}" width="10" height="{_px(tall)}" rx="1.5"/>'
-            f'<text class="note" x="{_px(x + 14)}" y="62">{typeset(mean, 1)}</text></g>'
+            f'<rect fill-opacity="0" x="{_px(x)}" y="{_px(base - 18)}" width="40" height="20"/>'
+            f'<rect class="bar" x="{_px(x)}" y="{_px(base - tall)}" width="10" height="{_px(tall)}" rx="1.5"/>'
+            f'<text class="note" x="{_px(x + 14)}" y="{_px(base - 2)}">{typeset(mean, 1)}</text></g>'
         )
     return parts
 
@@ -257,7 +258,7 @@ def tell(tree: Tree, node: int, decode: Decode | None) -> str:
     """All that is known of a node, on a few lines."""
     token, step = int(tree.token[node]), float(tree.token_log_prob[node])
     name = f"token {token}" if decode is None else f"{token_label(token, decode)}   token {token}"
-    ends = f", n-best {tree.rank[node]}" if tree.rank[node] else ""
+    ends = f", rank {tree.rank[node]}" if tree.rank[node] else ""
     return "\n".join(
         [
             name,
@@ -269,7 +270,7 @@ def tell(tree: Tree, node: int, decode: Decode | None) -> str:
     )
 
 
-_LEGEND = (("best top", "n-best"), ("best end", "its end"), ("finished end", "finished"), ("live", "live"),
+_LEGEND = (("best top", "n-best"), ("best end", "n-best, finished"), ("finished end", "finished"), ("live", "live"),
            ("pruned", "pruned"), ("dead", "dead end"))  # fmt: skip
 
 
