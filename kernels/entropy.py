@@ -1,9 +1,11 @@
 """The entropy of each row's distribution, once its log-sum-exp is known.
 
-    H[row] = sum over tokens of p * d,   d = max(lse - x / temperature, 0),   p = exp(-d)      nats
+    d = max(lse - x / temperature, 0),   w = exp(-d),   s = sum of w
+    H[row] = (sum of w * d) / s + log(s)      nats
 
-over the tokens that the log-sum-exp was taken over. No term is below 0, so none cancel, and a token without mass adds
-nothing. A row without a finite log-sum-exp is no distribution, and has entropy 0.
+over the tokens that the log-sum-exp was taken over. No term of a sum is below 0, so none cancel; a token without mass
+adds nothing; and s, which would be 1, makes up for the rounding of the log-sum-exp. A row without a finite one is no
+distribution, and has entropy 0.
 
 One program owns a row and reads it once. Traffic is ``V * sizeof(x)`` bytes a row.
 """
@@ -46,9 +48,11 @@ def _row_entropy(
         if bitmask is not None:
             x.masked_fill_(~unpack_bitmask(bitmask[rows], vocab_size), -torch.inf)
         below = (lse[rows, None] - x).clamp_(min=0.0)
-        terms = below * exp(-below)
-        terms.masked_fill_(~below.isfinite(), 0.0)  # -inf, NaN, and what is barred
-        found[rows] = _add_halves(torch.nn.functional.pad(terms, (0, missing)))
+        below.masked_fill_(~below.isfinite(), torch.inf)  # NaN; -inf and what is barred are there already
+        weights = torch.nn.functional.pad(exp(-below), (0, missing))
+        below = torch.nn.functional.pad(below.masked_fill_(below == torch.inf, 0.0), (0, missing))
+        total = _add_halves(weights)
+        found[rows] = _add_halves(weights * below) / total + total.log()
     return found
 
 

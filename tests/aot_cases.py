@@ -81,6 +81,11 @@ def _lse(dtype: torch.dtype, temperature: bool) -> tuple[object, ...]:
     return _new(ROWS, tiles, dtype=dtype), _new(ROWS, tiles), _new(ROWS) if temperature else None
 
 
+def _entropy(dtype: torch.dtype, options: bool = False) -> tuple[object, ...]:
+    masks = (_bits(), _new(ROWS), _new(ROWS, dtype=torch.bool)) if options else (None, None, None)
+    return _new(ROWS, VOCAB, dtype=dtype), VOCAB, _new(ROWS), *masks
+
+
 def _cache() -> Tensor:
     return _new(ROWS, 8, LENGTH, 128, dtype=_bf16)
 
@@ -283,6 +288,7 @@ def _cases() -> list[Case]:
     every_option = dict.fromkeys(("bitmask", "temperature", "active", "exclude", "mass"), True)
     select = partial(Case, "select", "launch_select")
     lse = partial(Case, "lse", "launch_row_lse")
+    entropy = partial(Case, "entropy", "launch_row_entropy")
     reorder = partial(Case, "reorder")
     history = partial(Case, "history")
     bitmask = partial(Case, "bitmask")
@@ -312,6 +318,8 @@ def _cases() -> list[Case]:
         summary("bf16, odd row stride", lambda: _summarize(_bf16, stride=50257), (90,)),
         lse("bf16", lambda: _lse(_bf16, False)),
         lse("fp32, temperature", lambda: _lse(_f32, True)),
+        entropy("bf16", lambda: _entropy(_bf16), (90,)),
+        entropy("fp32, every option", lambda: _entropy(_f32, True)),
         select("bf16, k = 8", lambda: _select(_bf16, 8), (90,)),
         select("fp32, k = 8, every option", lambda: _select(_f32, 8, True)),
         select("bf16, k = 256, every option", lambda: _select(_bf16, 256, True), (80, 90)),

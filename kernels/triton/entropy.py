@@ -44,7 +44,7 @@ def _row_entropy_kernel(
         there = there & (tl.load(active_ptr + row) != 0)
     inside = tl.arange(0, _R)[:, None] * _C + tl.arange(0, _C)[None, :]  # [R, C] token within its tile
     word = tl.arange(0, _R)[:, None] * (_C // 32) + tl.arange(0, _C // 32)[None, :]
-    total = tl.zeros([_R, _C], tl.float32)
+    total, mass = tl.zeros([_R, _C], tl.float32), tl.zeros([_R, _C], tl.float32)
     for tile in range(tl.where(there, tiles, 0)):
         tokens = tile * _TILE + inside
         x = as_float(tl.load(x_ptr + tokens, mask=tokens < vocab_size, other=-float("inf")))
@@ -54,9 +54,13 @@ def _row_entropy_kernel(
             here = tile * (_TILE // 32) + word
             bits = tl.load(bits_ptr + here, mask=here < words, other=0)
             x = tl.where(where_set(bits), x, -float("inf"))
-        below = tl.where(x > -float("inf"), tl.maximum(lse - x, 0.0), 0.0)  # a NaN is not above -inf
-        total += below * tl.exp(-below)
-    tl.store(entropy_ptr + row, tl.sum(tl.sum(total, 0), 0))
+        counts = x > -float("inf")  # a NaN is not
+        below = tl.where(counts, tl.maximum(lse - x, 0.0), 0.0)
+        weight = tl.where(counts, tl.exp(-below), 0.0)
+        mass += weight
+        total += weight * below
+    mass_of_row = tl.where(there, tl.sum(tl.sum(mass, 0), 0), 1.0)
+    tl.store(entropy_ptr + row, tl.div_rn(tl.sum(tl.sum(total, 0), 0), mass_of_row) + tl.log(mass_of_row))
 
 
 def launch_row_entropy(
