@@ -18,7 +18,7 @@ GREEDY = ("certain", "model")
 class _Picked(NamedTuple):
     """The best token of each row, by the models that decide greedily."""
 
-    onehot: Tensor  # int64 [R, M]; -1 where the model does not
+    onehot: Tensor  # int64 [R, M]; -1 where the model's logits say
     flags: Tensor  # int32 [R]
 
 
@@ -98,14 +98,14 @@ class Switch:
             return Combined(mixed(given, weights, temperature, picked.onehot), flags=picked.flags)
         decides = (weights[:, 1:] > 0).any(1)
         token = torch.where(weights > 0, picked.onehot, -1).amax(1)
-        there = decides & (token < given.vocab_size)
+        there = decides & (token >= 0) & (token < given.vocab_size)
         row = torch.arange(token.shape[0], device=token.device)
         bits = mark_bits(row, token, there, token.shape[0], given.vocab_size)
         bits = torch.where(decides[:, None], bits, torch.full_like(bits, -1))
         return Combined(mixed(given, weights, temperature), flags=picked.flags, bitmask=bits)
 
     def _pick(self, given: Given, weights: Tensor, temperature: Tensor | None) -> _Picked:
-        """``vocab_size`` where no token may follow."""
+        """The models' best tokens, ``vocab_size`` where none may follow."""
         onehot = [torch.full_like(given.active, -1, dtype=torch.int64)]
         flags = []
         for i, x in list(enumerate(given.logits))[1:]:
@@ -119,6 +119,7 @@ class Switch:
                 vocab_size=given.vocab_size,
             )
             none = best.log_probs[:, 0] == -torch.inf
-            onehot.append(best.tokens[:, 0].masked_fill(none, given.vocab_size))
+            token = best.tokens[:, 0].masked_fill(none, given.vocab_size)
+            onehot.append(token.masked_fill(best.lse == torch.inf, -1))  # an invalid row is read, and reported
             flags.append(best.flags)
         return _Picked(torch.stack(onehot, 1), faults(*flags))
