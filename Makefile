@@ -19,7 +19,7 @@ demo: $(INSTALLED) ## complete code prompts by beam search: make demo PROMPT='de
 	@.venv/bin/python docs/examples/demo.py $(VIEW:%=--%) $${DEMO_PROMPT:+-- "$$DEMO_PROMPT"}
 
 test: $(INSTALLED) ## the whole test suite: make test ARGS='-k order'
-	.venv/bin/python -m pytest $(ARGS)
+	.venv/bin/python -m pytest -n auto --dist worksteal $(ARGS)
 
 test-install: $(INSTALLED) ## wheel, sdist, editable and strict editable installs, each in a new environment
 	.venv/bin/python -m pytest -m slow_install tests/test_install.py $(ARGS)
