@@ -111,15 +111,17 @@ def vllm(
     return [Found(tokens, key((phi, tokens)), phi) for phi, tokens in best]
 
 
-def t5x(log_probs: LogProbs, *, num_decodes: int, max_decode_len: int, eos: int, alpha: float = 0.6) -> list[Found]:
-    """``beam_search`` for an empty prompt; its output is worst first, this one best first."""
+def t5x(
+    log_probs: LogProbs, *, num_decodes: int, max_decode_len: int, eos: int, alpha: float = 0.6, prompt_length: int = 0
+) -> list[Found]:
+    """``beam_search`` from where its prompt ends; its output is worst first, this one best first."""
 
     def brevity_penalty(length: int) -> float:
         return ((5.0 + length) / 6.0) ** alpha
 
     live: list[tuple[float, Tokens]] = [(0.0, ())]
     finished: list[Found] = []
-    for index in range(max_decode_len):
+    for index in range(prompt_length, max_decode_len):
         if len(finished) == num_decodes:
             # one longer than anything can get: max_decode_len was raised by the dummy start token
             best_live = live[0][0] / brevity_penalty(max_decode_len + 1)

@@ -106,6 +106,7 @@ CTRANSLATE2 = [
             {"beam_size": 3, "patience": 1.1, "num_hypotheses": 2},  # 3.3 is 3
             {"beam_size": 2, "patience": 1.25, "num_hypotheses": 2},  # 2.5 is 3
             {"beam_size": 4, "patience": 0.5, "num_hypotheses": 1},
+            {"beam_size": 1, "patience": 3.0, "num_hypotheses": 1},  # greedy search has none
         ),
         ({"return_end_token": False, "min_length": 0}, {"return_end_token": True, "min_length": 2}),
     )
@@ -123,6 +124,13 @@ def test_ctranslate2_is_live(shape: Shape, tmp_path: Path) -> None:
         if not setting["return_end_token"]:  # EOS counts in the length all the same
             theirs = [[((*y, EOS) if len(y) < 6 else y, score) for y, score in request] for request in theirs]
         assert differing(ours, theirs) == [], setting
+
+
+def test_ctranslate2_that_may_not_end_at_all(tmp_path: Path) -> None:
+    pytest.importorskip("ctranslate2", reason="CTranslate2 has no wheel for this platform")
+    lookup, setting = lookup_of(SHAPES[1]), {"beam_size": 3, "max_length": 4, "min_length": 4, "num_hypotheses": 3}
+    theirs = by_ctranslate2(lookup, translators(lookup, tmp_path), **setting)
+    assert differing(decoded(fb.presets.ctranslate2(end_token=EOS, **setting), lookup), theirs) == []
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -242,10 +250,15 @@ T5X = [
 
 @of_every_shape
 def test_t5x_as_restated(shape: Shape) -> None:
-    lookup = lookup_of(shape)
+    lookup, prompts = lookup_of(shape), [b % 4 for b in range(REQUESTS)]
     for setting in T5X:
-        theirs = [peer_oracles.t5x(lambda y, b=b: lookup.log_probs(b, y), eos=EOS, **setting) for b in range(REQUESTS)]
-        assert differing(decoded(fb.presets.t5x(eos_id=EOS, **setting), lookup), theirs) == [], setting
+        setting = {**setting, "max_decode_len": setting["max_decode_len"] + max(prompts)}
+        theirs = [
+            peer_oracles.t5x(lambda y, b=b: lookup.log_probs(b, y), eos=EOS, prompt_length=prompts[b], **setting)
+            for b in range(REQUESTS)
+        ]
+        search = fb.presets.t5x(eos_id=EOS, prompt_lengths=prompts, **setting)
+        assert differing(decoded(search, lookup), theirs) == [], setting
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -292,6 +305,14 @@ def test_what_is_elsewhere_is_taken_where_it_does_nothing_and_refused_with_advic
         (lambda: fb.presets.vllm(2, 4, EOS, 3, ignore_eos=True), "ignore_eos: expected False where length_penalty is"),
         (lambda: fb.presets.vllm(2, 4, EOS, 0), "prompt_lengths: expected an int >= 1, got 0"),
         (lambda: fb.presets.t5x(alpha=-0.1), "alpha: expected a number from 0"),
+        (
+            lambda: fb.presets.t5x(max_decode_len=4, prompt_lengths=4),
+            "prompt_lengths: expected below max_decode_len, 4",
+        ),
+        (
+            lambda: fb.presets.ctranslate2(2, 2.0, 0.0, num_hypotheses=3),
+            "num_hypotheses: expected at most beam_size, for",
+        ),
     ],
 )
 def test_bad_arguments_are_named(make, message: str) -> None:
