@@ -12,7 +12,7 @@ from .hypotheses import Hypotheses
 from .search import BeamSearch, Step
 from .state import State
 
-Model = Callable[[Tensor, Any], tuple[Tensor, Any]]
+Model = Callable[[Tensor, Any], tuple[Tensor, Any] | tuple[Tensor, Any, Tensor]]
 
 
 def decode(
@@ -41,7 +41,7 @@ def decode(
         search: the settings.
         model: ``model(tokens, cache) -> (logits, cache)``; logits ``[B, V]`` on the first call, for ``tokens`` as
             given here, then ``[B * K, V]`` for int64 tokens ``[B * K]``. The cache it returns is reordered before
-            the next call.
+            the next call. A third result is the ``attention`` of ``step``.
         tokens: ``[B, ...]``, what the model is run on first.
         cache: any nest of tensors with rows first.
         num_hypotheses: N; default ``beam_size``.
@@ -73,8 +73,8 @@ def decode(
     for _ in state.until_done():
         if step is not None:
             tokens, cache = step.tokens.flatten(), reorder(cache, step.source_rows)
-        logits, cache = model(tokens, cache)
-        step = search.step(state, logits)
+        logits, cache, *more = model(tokens, cache)
+        step = search.step(state, logits, attention=more[0] if more else None)
     return search.finalize(state, num_hypotheses)
 
 
@@ -85,8 +85,8 @@ def _replay(search: BeamSearch, state: State, model: Model, tokens: Tensor, cach
         if again is not None:
             again()
             continue
-        logits, cache = model(tokens, cache)
-        step = search.step(state, logits)
+        logits, cache, *more = model(tokens, cache)
+        step = search.step(state, logits, attention=more[0] if more else None)
         tokens, cache = step.tokens.flatten(), reorder(cache, step.source_rows)
         again = Captured(_in_place(search, state, model, tokens, cache), state.device, warmup=1)
 
@@ -95,9 +95,9 @@ def _in_place(search: BeamSearch, state: State, model: Model, tokens: Tensor, ca
     """A round of the loop that finds and leaves its tokens and its cache in the same memory."""
 
     def go_on() -> None:
-        logits, found = model(tokens, cache)
+        logits, found, *more = model(tokens, cache)
         _check_static(cache, found)
-        step = search.step(state, logits)
+        step = search.step(state, logits, attention=more[0] if more else None)
         tokens.copy_(step.tokens.flatten())
         reorder(found, step.source_rows, out=cache, group_size=state.beam_size)
 
