@@ -114,6 +114,25 @@ def test_no_strength_changes_no_bit():
             assert torch.equal(getattr(plain, name), getattr(termed, name)), name
 
 
+@pytest.mark.parametrize("capture", [False, True])
+def test_decode_passes_attention_on(capture):
+    lm = TableLM(6, 1)
+    model = oracle.AttendingLM(lm, {5: 4, 6: 2})
+    search = fb.BeamSearch(4, 6, EOS, terms=fb.Coverage(0.3))
+
+    def static(tokens, prefix):  # a cache of one shape, as capture asks for
+        at = (prefix >= 0).sum(1)[:1]
+        prefix = prefix.index_copy(1, at, tokens.reshape(-1, 1))
+        rows = [tuple(t for t in row if t >= 0) for row in prefix.tolist()]
+        logits = torch.stack([torch.from_numpy(lm.logits(row).copy()) for row in rows])
+        return logits, prefix, torch.stack([torch.from_numpy(model.attention(row)) for row in rows]).float()
+
+    want = decode(search, model, [5, 6])
+    got = fb.decode(search, static, torch.tensor([5, 6]), torch.full((2, 8), -1), capture=capture)
+    for name in FIELDS:
+        assert torch.equal(getattr(want, name), getattr(got, name)), name
+
+
 def test_attention_is_checked_before_anything_changes():
     search = fb.BeamSearch(2, 4, EOS, terms=fb.Coverage(0.1))
     state = search.init(3)

@@ -10,6 +10,7 @@ import torch
 import flashbeam as fb
 import scoring_oracles as oracle
 from flashbeam.kernels import pack_bitmask
+from flashbeam.scoring import Seen
 from oracles import TableLM, enumerate_leaves
 
 KINDS = ["greedy", "square", "max", "variance", "local"]
@@ -165,6 +166,40 @@ def test_exact_stopping_returns_what_exhaustion_does_in_fewer_steps():
             assert torch.equal(first.scores[b, :width], whole.scores[b, :width])
         steps += [int(state.requests.steps.sum()) for _, state in ran]
     assert steps[2] < steps[1] < 0.93 * steps[0]
+
+
+# a term, and the surprisals, the token and the attention that are best for it
+BOUNDED = [
+    *((fb.UID(kind, 0.7, start), "zero", 0, 0.0) for kind in KINDS[:3] for start in (False, True)),
+    *((fb.UID("variance", 0.7, start), "mean", 0, 0.0) for start in (False, True)),
+    *((fb.UID("local", 0.7, start), "last", 0, 0.0) for start in (False, True)),
+    *((fb.TokenReward(reward, up_to), "zero", 0, 0.0) for reward in (0.5, -0.5) for up_to in (None, 5)),
+    *((fb.WordReward(reward, [0, 2]), "zero", token, 0.0) for reward, token in [(0.5, 0), (-0.5, 1)]),
+    *((fb.Coverage(0.5, kind), "zero", 0, paid) for kind, paid in [("gnmt", 1.0), ("summary", 0.0)]),
+]
+
+
+@pytest.mark.parametrize(("term", "surprisal", "token", "paid"), BOUNDED, ids=str)
+def test_the_upper_bound_is_what_the_best_continuation_gets(term, surprisal, token, paid):
+    rows, longest, generator = 200, 9, torch.Generator().manual_seed(2)
+    one, zero = torch.ones(rows, 1), torch.zeros(rows, 1)
+    start = getattr(term, "counts_start", False)
+    for begun in range(1, longest):  # tokens at random, the others as good as can be
+        stats, total, last, values = term.init(rows, torch.device("cpu")), zero, zero, []
+        for length in range(1, longest + 1):
+            at_random = length <= begun
+            best = {"zero": zero, "mean": total / max(1, length - 1 + start), "last": last}[surprisal]
+            last = torch.rand(rows, 1, generator=generator) * 4 if at_random else best
+            total = total + last
+            tokens = torch.randint(3, (rows, 1), generator=generator) if at_random else torch.full((rows, 1), token)
+            attention = torch.rand(rows, 1, 4, generator=generator) if at_random else torch.full((rows, 1, 4), paid)
+            lengths = length * one, (length + 1) * one, longest * one
+            seen = Seen(tokens, -last, zero, *lengths, attention, None)
+            value, stats = term.extend(stats, seen)
+            values.append(value.expand(rows, 1))
+            if length == begun:
+                bound = term.upper(value, stats, seen)
+        assert (torch.cat(values[begun:], 1).amax(1, keepdim=True) - bound).abs().max() < 1e-5
 
 
 def test_batch_invariant_and_in_the_same_memory():

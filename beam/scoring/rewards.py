@@ -84,7 +84,7 @@ class TokenReward:
 class Words(NamedTuple):
     """What runs along with a word reward, float32."""
 
-    count: Tensor  # [R, M], words so far
+    words: Tensor  # [R, M], so far
     reward: Tensor  # [R, 1]
 
 
@@ -136,8 +136,8 @@ class WordReward:
         """See :class:`flashbeam.scoring.Term`."""
         starts = self._on[seen.tokens.device]
         begins = starts[seen.tokens.clamp(max=starts.numel() - 1)] & (seen.tokens < starts.numel())
-        count = stats.count + begins
-        return count * stats.reward, Words(count, stats.reward)
+        words = stats.words + begins
+        return words * stats.reward, Words(words, stats.reward)
 
     def upper(self, value: Tensor, stats: Words, seen: Seen) -> Tensor:
         """Every token to come may begin a word, or none."""
