@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -87,6 +88,42 @@ def coverage(beta: float, kind: str = "gnmt") -> Callable[[Path], float]:
 
 def score(p: Path, norm: float, terms: Sequence[Callable[[Path], float]]) -> float:
     return -float(p.surprisals.sum()) / norm + sum(term(p) for term in terms)
+
+
+def naive_search(
+    logits: Logits,
+    bos: int,
+    terms: Sequence[Callable[[Path], float]],
+    *,
+    beams: int,
+    longest: int,
+    eos: int,
+    alpha: float,
+) -> tuple[list[tuple[float, tuple[int, ...]]], float]:
+    """The K best of the pool by score, run until nothing is left, and the smallest gap that decided anything.
+
+    Every token of every beam is scored from scratch; EOS among the K best candidates finish, the K best others go on.
+    """
+    live, pool, gap = [()], [], np.inf
+    for length in range(1, longest + 1):
+        norm = length**alpha
+        candidates = sorted(
+            (
+                (score(path(logits, bos, (*beam, token)), norm, terms), (*beam, token))
+                for beam in live
+                for token in range(len(logits((bos,))))
+            ),
+            reverse=True,
+        )
+        others = [c for c in candidates if c[1][-1] != eos]
+        for ranked, cut in ((candidates, beams), (others, beams)):
+            if len(ranked) > cut:
+                gap = min(gap, ranked[cut - 1][0] - ranked[cut][0])
+        pool += [c for c in candidates[:beams] if c[1][-1] == eos or length == longest]
+        live = [tokens for _, tokens in others[:beams]]
+    pool.sort(reverse=True)
+    gaps = [a[0] - b[0] for a, b in pairwise(pool[: beams + 1])]
+    return pool[:beams], min([gap, *gaps])
 
 
 @dataclass

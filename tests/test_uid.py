@@ -93,6 +93,24 @@ def test_a_beam_wide_enough_finds_the_best_of_all(kind, regime):
         assert found[0][0] == best[0][1]
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_narrow_beams_keep_the_best_by_score(kind):
+    """Against a search that scores every token of every beam from scratch: the best need not be the most probable."""
+    decided = 0
+    for seed in range(6):
+        strength, alpha, beams = [0.5, 2.0][seed % 2], [0.0, 1.0, 0.5][seed % 3], [1, 2, 3][seed % 3]
+        lm = TableLM(12, seed)
+        terms = [oracle.uid(kind, strength), oracle.word_reward(0.3, [2, 5])][: 1 + seed // 3]
+        want, gap = oracle.naive_search(lm.logits, 4, terms, beams=beams, longest=4, eos=EOS, alpha=alpha)
+        given = [fb.UID(kind, strength), fb.WordReward(0.3, [2, 5])][: 1 + seed // 3]
+        search = fb.BeamSearch(beams, 4, EOS, length_penalty=alpha, terms=given, stopping=fb.Exhausted())
+        hyps, _ = run(search, lm, [4])
+        if gap > 1e-5:
+            decided += 1
+            assert [tokens for tokens, _ in returned(hyps, 0)] == [tokens for _, tokens in want]
+    assert decided >= 4
+
+
 @pytest.mark.parametrize("regime", REGIMES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_strength_changes_no_bit(kind, regime):
