@@ -16,12 +16,62 @@ from flashbeam.kernels import reorder as reorder_rows
 from ..cache import reorder
 
 NAMES = ("cache", "past_key_values", "cache_params", "state", "mems", "past_buckets_states")
+_ADVICE = "pass use_cache=False"
 _DEPTH = 6  # of containers inside a cache: encoder-decoder, layers, layer, states by number, pairs
+_WRONG = {"RwkvForCausalLM": "passes over several rows with a state differ from those without, by its own code"}
+_ALIKE = {"rope_deltas"}  # kept in modules, the same for all beams of a request; repeated by the model
 
 
 def cache_name(model_kwargs: dict[str, Any]) -> str | None:
     """Under which name the model takes its cache, if there is one."""
     return next((name for name in NAMES if model_kwargs.get(name) is not None), None)
+
+
+def check_cache(model: Any, cache: Any) -> None:
+    """Refuse a cache that is known not to follow its beams.
+
+    Raises:
+        TypeError: it cannot be reordered.
+    """
+    name = type(model).__name__
+    for layer in getattr(cache, "layers", ()):
+        if hasattr(layer, "nbits") and not hasattr(layer, "_pending_beam_idx"):  # transformers < 5.21
+            raise TypeError(
+                f"cache: expected one that can be reordered, got {type(layer).__name__}: this version of transformers "
+                "reorders what is not yet quantized and nothing else"
+            )
+    if name in _WRONG:
+        raise TypeError(f"cache: expected one that can be trusted, got that of {name}: {_WRONG[name]}; {_ADVICE}")
+    known = hasattr(model, "_reorder_cache") or hasattr(cache, "reorder_cache")
+    if not known and not isinstance(cache, (tuple, list, dict)):
+        raise TypeError(
+            f"cache: expected one that can be reordered, got {type(cache).__name__} of {name}, which has no "
+            f"reorder_cache; {_ADVICE}"
+        )
+
+
+def states_of_modules(model: Any, rows: int) -> dict[tuple[int, str], tuple[Tensor, str]]:
+    """Tensors that modules keep as attributes, with ``rows`` rows: where, and which with a name for messages."""
+    return {
+        (id(module), name): (value, f"{type(module).__name__}.{name}")
+        for module in model.modules()
+        for name, value in vars(module).items()
+        if isinstance(value, Tensor) and value.dim() > 1 and value.shape[0] == rows and name not in _ALIKE
+    }
+
+
+def check_modules(model: Any, before: dict[tuple[int, str], tuple[Tensor, str]], rows: int) -> None:
+    """Refuse a model that has kept something of the prompt's ``rows`` in its modules, where it cannot follow.
+
+    Raises:
+        TypeError: it has.
+    """
+    for place, (tensor, name) in states_of_modules(model, rows).items():
+        if before.get(place, (None, ""))[0] is not tensor:
+            raise TypeError(
+                f"model: expected one whose states are in its cache, got {type(model).__name__}, which keeps {name}; "
+                f"{_ADVICE}"
+            )
 
 
 def fan_out(model: Any, cache: Any, rows: Tensor, before: int) -> Any:
@@ -30,40 +80,23 @@ def fan_out(model: Any, cache: Any, rows: Tensor, before: int) -> Any:
     Returns the cache, the same object where the library's caches are: they are changed in place.
 
     Raises:
-        TypeError: the cache cannot be reordered, or part of it did not follow.
+        TypeError: part of it did not follow.
     """
-    _refuse_by_name(model, cache)
     cache = _gather(model, cache, rows, cross=True)
-    after = rows.shape[0]
-    if after != before:
-        for path, tensor in _tensors(cache, "cache", _DEPTH):
-            if tensor.dim() > 1 and tensor.shape[0] == before:
-                raise TypeError(
-                    f"{path}: expected a state that follows the beams in {type(model).__name__}, got one that "
-                    f"{type(cache).__name__} leaves at {before} rows of {after}; pass use_cache=False"
-                )
+    if hasattr(model, "_reorder_cache"):  # in a layout of its own
+        return cache
+    for path, tensor in _tensors(cache, "cache", _DEPTH):
+        if tensor.dim() > 1 and tensor.shape[0] == before != rows.shape[0]:
+            raise TypeError(
+                f"{path}: expected a state that follows the beams in {type(model).__name__}, got one that "
+                f"{type(cache).__name__} leaves at {before} rows of {rows.shape[0]}; {_ADVICE}"
+            )
     return cache
 
 
 def follow(model: Any, cache: Any, rows: Tensor, beams: int) -> Any:
     """The cache of the beams, ``beams`` to a request, that continue ``rows [B * K]``; what they share stays."""
     return _gather(model, cache, rows, cross=False, beams=beams)
-
-
-def _refuse_by_name(model: Any, cache: Any) -> None:
-    """What is known not to follow without a trace."""
-    for layer in getattr(cache, "layers", ()):
-        if hasattr(layer, "nbits") and not hasattr(layer, "_pending_beam_idx"):  # transformers < 5.21
-            raise TypeError(
-                f"cache: expected one that can be reordered, got {type(layer).__name__}: this version of transformers "
-                "reorders what is not yet quantized and nothing else"
-            )
-    known = hasattr(model, "_reorder_cache") or hasattr(cache, "reorder_cache")
-    if not known and not isinstance(cache, (tuple, list, dict)):
-        raise TypeError(
-            f"cache: expected one that can be reordered, got {type(cache).__name__} of {type(model).__name__}, which "
-            "has no reorder_cache; pass use_cache=False"
-        )
 
 
 def _gather(model: Any, cache: Any, rows: Tensor, cross: bool, beams: int | None = None) -> Any:
@@ -84,9 +117,8 @@ def _gather(model: Any, cache: Any, rows: Tensor, cross: bool, beams: int | None
 
 
 def _gather_layer(layer: Any, rows: Tensor, beams: int | None) -> None:
-    keys = getattr(layer, "keys", None)
-    static = getattr(layer, "max_cache_len", None) is not None and isinstance(keys, Tensor)
-    if static and beams is not None and keys.device == rows.device and _plain(layer):
+    static = type(layer).__name__ in ("StaticLayer", "StaticSlidingWindowLayer")  # keys and values are all it holds
+    if static and beams is not None and layer.is_initialized and layer.keys.device == rows.device:
         for tensor in (layer.keys, layer.values):  # where it is: its address may be known to a captured graph
             reorder_rows(tensor, rows, out=tensor, group_size=beams)
         return
@@ -94,11 +126,6 @@ def _gather_layer(layer: Any, rows: Tensor, beams: int | None) -> None:
     for name in ("batch_size", "max_batch_size"):
         if isinstance(vars(layer).get(name), int):
             setattr(layer, name, rows.shape[0])
-
-
-def _plain(layer: Any) -> bool:
-    """Whether keys and values are all that it holds."""
-    return type(layer).__name__ in ("StaticLayer", "StaticSlidingWindowLayer")
 
 
 def _tensors(node: Any, path: str, depth: int) -> Iterator[tuple[str, Tensor]]:

@@ -88,7 +88,7 @@ class AsGenerate:
         )
 
         last = (limits.max_length == next_length)[:, None]
-        keep = there & ~stopped & (among_best | ~last)
+        keep = there & ~stopped & (place < count) & (among_best | ~last)
         order = keep.sort(dim=1, descending=True, stable=True).indices[:, :k]
         none = ~keep.gather(1, order)
         chosen = found._replace(

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .caches import cache_name, fan_out, follow
+from .caches import cache_name, check_cache, check_modules, fan_out, follow, states_of_modules
 from .rows import repeated
 
 
@@ -54,12 +54,20 @@ class Decoder:
     def prompt(self) -> tuple[Tensor, Any]:
         """Run the model on the prompts: logits ``[B, V]``, or ``[B * K, V]`` if they are repeated, and its outputs."""
         model, kwargs = self.model, self.model_kwargs
+        rows, stays = self.input_ids.shape[0], self.beams > 1 and self.cached
+        before = states_of_modules(model, rows) if stays else {}
         if hasattr(model, "_prefill"):  # transformers 5
             outputs = model._prefill(self.input_ids, self.generation_config, kwargs)
         else:
             kwargs = model._get_initial_cache_position(self.input_ids.shape[1], self.input_ids.device, kwargs)
             outputs = model(**model.prepare_inputs_for_generation(self.input_ids, **kwargs), return_dict=True)
-        return self._consumed(outputs, kwargs)
+        found = self._consumed(outputs, kwargs)
+        if stays:
+            check_modules(model, before, rows)
+        name = cache_name(self.model_kwargs)
+        if self.beams > 1 and name is not None:
+            check_cache(model, self.model_kwargs[name])
+        return found
 
     def step(self, tokens: Tensor, source_rows: Tensor) -> tuple[Tensor, Any]:
         """Run it on ``tokens [B * K, 1]``, or whole sequences, that continue its last ``source_rows [B * K]``."""
@@ -68,13 +76,10 @@ class Decoder:
             cache = None if name is None else self.model_kwargs[name]
             if not self.fanned_out:
                 self.model_kwargs = repeated(self.model, self.model_kwargs, self.beams)
-            if name is not None and self.cached:
-                before = self.input_ids.shape[0]
-                if self.fanned_out:
-                    cache = follow(self.model, cache, source_rows, self.beams)
-                else:
-                    cache = fan_out(self.model, cache, source_rows, before)
-                self.model_kwargs[name] = cache
+            if name is not None and self.fanned_out:
+                self.model_kwargs[name] = follow(self.model, cache, source_rows, self.beams)
+            elif name is not None:
+                self.model_kwargs[name] = fan_out(self.model, cache, source_rows, self.input_ids.shape[0])
             self.fanned_out = True
         inputs = self.model.prepare_inputs_for_generation(tokens, **self.options, **self.model_kwargs)
         return self._consumed(self.model(**inputs, return_dict=True), self.model_kwargs)

@@ -106,9 +106,10 @@ class Loop:
         hooks.recorder.step(scores)
         if not hooks.processors:
             return logits
+        scores = scores[::repeats]  # the rows that were given: source_rows counts them
         if self.chooser is None or self.as_logits:
             return scores
-        self.chooser.increments, self.chooser.scores = scores[::repeats], hooks.recorder.scores
+        self.chooser.increments, self.chooser.scores = scores, hooks.recorder.scores
         return logits
 
 

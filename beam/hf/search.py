@@ -57,6 +57,8 @@ def beam_search(
     """
     if not isinstance(search, BeamSearch):
         raise TypeError(f"search: expected an fb.BeamSearch, got {type(search).__name__}")
+    from transformers import GenerationMixin
+
     lengths = _source_lengths(inputs)
     limits = [limit(n) if callable(limit) else limit for limit in search.max_length.values for n in lengths]
     found: list[Hypotheses] = []
@@ -87,7 +89,10 @@ def beam_search(
 
     fixed = {"num_beams": 1, "num_return_sequences": 1, "early_stopping": False, "length_penalty": 1.0}
     samples = search.selection.seed is not None
-    model.generate(
+    # Whisper's own cuts long audio into windows and glues what it finds; a search decodes one window
+    method = GenerationMixin.generate if hasattr(model, "generate_with_fallback") else type(model).generate
+    method(
+        model,
         **(inputs if isinstance(inputs, Mapping) else {"inputs": inputs}),
         logits_processor=logits_processor,
         stopping_criteria=stopping_criteria,

@@ -1,0 +1,229 @@
+"""``hf.beam_search``: every hypothesis is worth what the model says without a cache; what is shown on the way."""
+
+import functools
+import io
+import itertools
+import subprocess
+import sys
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    DynamicCache,
+    LogitsProcessorList,
+    NoRepeatNGramLogitsProcessor,
+    PreTrainedTokenizerFast,
+    TextStreamer,
+    cache_utils,
+)
+
+import flashbeam as fb
+from flashbeam import hf
+from hf_models import EOS, PAD, VOCAB, check_scores, inputs, model
+from peers import CACHE
+
+SEARCH = fb.BeamSearch(4, 8, EOS, pad_id=PAD)
+STATIC, WITHOUT = {"cache_implementation": "static"}, {"use_cache": False}
+QUANTIZED = {"cache_implementation": "quantized", "cache_config": {"backend": "fp8"}}
+# a kind of cache each
+CACHES = [
+    ("gpt2", {}),
+    ("llama", STATIC),
+    ("llama", WITHOUT),
+    ("mistral", {}),
+    ("mistral", STATIC),
+    ("bamba", {}),
+    ("mamba", {}),
+    ("t5", STATIC),
+    ("bart", {}),
+    ("whisper", {}),
+    ("rwkv", WITHOUT),
+]
+
+
+@functools.cache
+def shared(name: str):
+    return model(name)
+
+
+@pytest.mark.parametrize("name,options", CACHES, ids=lambda value: value if isinstance(value, str) else "-".join(value))
+def test_states_follow_their_beams(name: str, options) -> None:
+    lm, given = shared(name), inputs(name)
+    if name in ("mamba", "bamba", "rwkv"):  # states run over padding
+        given = {field: value[:1] for field, value in given.items()}
+    hyps = hf.beam_search(lm, given, SEARCH, **options)
+    moved = hyps.slots[:, :, 1:].diff(dim=2)
+    assert ((moved != 0) & (hyps.slots[:, :, 2:] >= 0)).any()  # else nothing had to follow
+    check_scores(lm, given, hyps)
+
+
+REFUSED = {
+    "recurrent_gemma": "model: expected one whose states are in its cache, got RecurrentGemmaForCausalLM, which keeps",
+    "rwkv": "cache: expected one that can be trusted, got that of RwkvForCausalLM: passes over several rows",
+    "minimax": r"cache.linear_cache\[0\]: expected a state that follows the beams in MiniMaxForCausalLM, got one that",
+}
+
+
+@pytest.mark.parametrize("name,message", REFUSED.items(), ids=REFUSED)
+def test_states_that_do_not_follow_are_refused(name: str, message: str) -> None:
+    given = inputs("gpt2")
+    with pytest.raises(TypeError, match=f"{message}.*; pass use_cache=False"):
+        hf.beam_search(shared(name), given, SEARCH)
+    one = fb.BeamSearch(1, 4, EOS, pad_id=PAD)
+    hf.beam_search(shared(name), given, one)  # nothing to follow
+
+
+def test_part_of_a_cache_stays_behind() -> None:
+    class Kept(DynamicCache):
+        state = None
+
+        def update(self, keys, values, *args, **kwargs):
+            self.state = keys
+            return super().update(keys, values, *args, **kwargs)
+
+    lm = shared("llama")
+    with pytest.raises(TypeError, match=r"cache.state: expected a state that follows the beams in LlamaForCausalLM"):
+        hf.beam_search(lm, inputs("llama"), SEARCH, **{CACHE: Kept(config=lm.config)})
+
+
+def test_quantized_caches() -> None:
+    # what is quantized is not what one pass says: compare with transformers, whose caches are quantized alike
+    lm, given = shared("llama"), inputs("llama")
+    if not hasattr(cache_utils, "Fp8QuantizedLayer"):
+        pytest.skip("quantized in 8 bits from transformers 5.21 on")
+    options = {"num_beams": 4, "max_new_tokens": 8, "num_return_sequences": 4, "do_sample": False, **QUANTIZED}
+    theirs = lm.generate(**given, **options)
+    assert torch.equal(theirs, lm.generate(**given, **options, custom_generate=hf.generate))
+
+
+@pytest.mark.parametrize("name", ["llama", "bart"])
+def test_padding_changes_nothing(name: str) -> None:
+    lm, given = shared(name), inputs(name)
+    together = hf.beam_search(lm, given, SEARCH)
+    ids = given["input_ids"]
+    for request in range(2):
+        kept = given["attention_mask"][request].bool()
+        alone = hf.beam_search(lm, ids[request, kept][None], SEARCH)
+        assert torch.equal(alone.tokens[0], together.tokens[request])
+        torch.testing.assert_close(alone.scores[0], together.scores[request], rtol=1e-4, atol=1e-4)
+
+
+def test_requests_that_differ() -> None:
+    lm, given = shared("bart"), inputs("bart")
+    search = fb.BeamSearch([3, 2], lambda n: n + 1, EOS, pad_id=PAD, length_penalty=[0.0, 1.0])
+    hyps = hf.beam_search(lm, given, search)
+    assert hyps.valid.tolist() == [[True] * 3, [True, True, False]]
+    assert int(hyps.lengths[0].max()) <= 5
+    assert int(hyps.lengths[1].max()) <= 3
+    check_scores(lm, given, hyps)
+
+
+def test_processors_and_constraints() -> None:
+    lm, given = shared("llama"), inputs("llama")
+    search = fb.BeamSearch(4, 8, EOS, pad_id=PAD, constraint=fb.NoRepeatNgram(1), min_length=5)
+    processed = hf.beam_search(
+        lm, given, search, logits_processor=LogitsProcessorList([NoRepeatNGramLogitsProcessor(2)])
+    )
+    check_scores(lm, given, processed)  # log-probabilities stay the model's
+    for row in processed.tokens[processed.valid].tolist():
+        assert len(set(row) - {PAD}) == len([token for token in row if token != PAD])
+
+
+def test_samples() -> None:
+    lm, given = shared("gpt2"), inputs("gpt2")
+    search = fb.BeamSearch(5, 6, EOS, pad_id=PAD, selection=fb.Stochastic(seed=1))
+    check_scores(lm, given, hf.beam_search(lm, given, search))
+    stop = [EndsOn(9), EndsOn(11)]
+    hyps = hf.beam_search(lm, given, search, stopping_criteria=stop)
+    stopped = torch.isin(hyps.tokens, torch.tensor([9, 11]))
+    assert stopped.any()
+    assert (stopped.nonzero()[:, 2] == hyps.lengths[tuple(stopped.nonzero()[:, :2].T)] - 1).all()
+    assert hyps.finished[stopped.any(2)].all()
+
+
+class EndsOn:
+    def __init__(self, token: int):
+        self.token = token
+
+    def __call__(self, input_ids, scores, **kwargs):
+        return input_ids[:, -1] == self.token
+
+
+@functools.cache
+def characters() -> PreTrainedTokenizerFast:
+    letters = ["<pad>", "<bos>", "<eos>", "<none>", *"abcdefghijklmnopqrstuvwxyz0123456789"]
+    tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    assert tokenizer.get_vocab_size() == VOCAB
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>")
+
+
+def test_stop_strings() -> None:
+    lm, given, tokenizer = shared("llama"), inputs("llama"), characters()
+    options = {"num_beams": 4, "num_return_sequences": 4, "max_new_tokens": 8, "do_sample": False}
+    plain = lm.generate(**given, **options)
+    texts = tokenizer.batch_decode(plain[:, 4:], skip_special_tokens=True)
+    stops = [texts[0][1:3], texts[4][2:4]]
+    theirs = lm.generate(**given, **options, stop_strings=stops, tokenizer=tokenizer)
+    custom = functools.partial(hf.generate, tokenizer=tokenizer)
+    ours = lm.generate(**given, **options, stop_strings=stops, custom_generate=custom)
+    assert torch.equal(theirs, ours)
+    assert not torch.equal(plain[:, : ours.shape[1]], ours)
+
+
+class Seen(TextStreamer):
+    def __init__(self):
+        self.put_so_far, self.ended = [], False
+
+    def put(self, value):
+        self.put_so_far += value.flatten().tolist()
+
+    def end(self):
+        self.ended = True
+
+
+def test_streamers_see_what_is_settled() -> None:
+    lm, given = model("llama", 3), inputs("llama")
+    given = {field: value[:1] for field, value in given.items()}
+    seen, lengths = Seen(), []
+    search = fb.BeamSearch(4, 12, EOS, pad_id=PAD)
+    hyps = hf.beam_search(
+        lm, given, search, streamer=seen, progress=lambda steps, state: lengths.append(len(seen.put_so_far))
+    )
+    assert seen.put_so_far == [*given["input_ids"][0].tolist(), *hyps.tokens[0, 0, : hyps.lengths[0, 0]].tolist()]
+    assert seen.ended
+    assert lengths[0] == 4 < lengths[-1]
+    with pytest.raises(ValueError, match="streamer: expected one request, got 2"):
+        hf.beam_search(lm, inputs("llama"), search, streamer=seen)
+
+
+def test_the_best_is_rewritten() -> None:
+    lm, file = model("llama", 3), io.StringIO()
+    given = {field: value[:1] for field, value in inputs("llama").items()}
+    streamer = hf.BestStreamer(characters(), file, skip_special_tokens=True)
+    texts: list[str] = []
+    hyps = hf.beam_search(
+        lm, given, SEARCH, streamer=streamer, progress=lambda steps, state: texts.append(streamer.shown)
+    )
+    best = characters().decode(hyps.tokens[0, 0, : hyps.lengths[0, 0]], skip_special_tokens=True)
+    assert texts[-1] == best
+    assert any(not now.startswith(before) for before, now in itertools.pairwise(texts))
+    assert "\r\x1b[J" in file.getvalue()
+
+
+def test_progress_may_stop() -> None:
+    lm, given, steps = shared("gpt2"), inputs("gpt2"), []
+    hyps = hf.beam_search(lm, given, SEARCH, progress=lambda count, state: steps.append(count) or count == 3)
+    assert steps == [1, 2, 3]
+    assert int(hyps.lengths.max()) == 3
+
+
+def test_refuses_what_is_no_search() -> None:
+    with pytest.raises(TypeError, match=r"search: expected an fb.BeamSearch, got int"):
+        hf.beam_search(shared("gpt2"), inputs("gpt2"), 4)
+
+
+def test_flashbeam_is_imported_without_transformers() -> None:
+    code = "import sys, flashbeam; assert 'transformers' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
