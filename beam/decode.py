@@ -64,7 +64,7 @@ def decode(
     if not isinstance(tokens, Tensor) or tokens.dim() == 0:
         raise TypeError(f"tokens: expected a tensor with requests first, got {type(tokens).__name__}")
     if capture and any(map(runs_on_host, search.constraint.values)):
-        raise ValueError("capture: expected False with fb.Grammar, whose matchers run on the host, got True")
+        raise ValueError("capture: expected False with a constraint on the host, such as fb.Grammar, got True")
     state = search.init(tokens.shape[0], tokens.device, request_ids, source_lengths)
     if capture:
         _replay(search, state, model, tokens, cache)

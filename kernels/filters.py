@@ -16,6 +16,7 @@ summed by bins of the logits. On a GPU a program owns a row and finds the value 
 """
 
 import math
+import struct
 from typing import NamedTuple
 
 import torch
@@ -42,7 +43,7 @@ def parts_of(top_p: float) -> int:
 
 def least_exponent(min_p: float) -> float:
     """The float32 nearest to log(min_p)."""
-    return torch.tensor(math.log(min_p), dtype=torch.float32).item() if min_p > 0 else -math.inf
+    return float(struct.unpack("f", struct.pack("f", math.log(min_p)))[0]) if min_p > 0 else -math.inf
 
 
 def _masses(adjusted: Tensor, top: Tensor) -> Tensor:

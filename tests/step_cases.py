@@ -1,6 +1,10 @@
 """Searches whose later steps are compiled, captured and replayed: every rule, every constraint that is no host's."""
 
+import torch
+
 import flashbeam as fb
+
+V = 60
 
 RULES = {
     "topk": fb.TopK(),
@@ -35,6 +39,10 @@ OTHERS = {
     "end": {"dialect": fb.Dialect(at_max_length="end")},
     "spare": {"dialect": fb.Dialect(finishes="double", at_max_length="spare")},
     "row": {"dialect": fb.Dialect(finishes="row", counts_eos=False)},
+    "coverage": {"terms": (fb.Coverage(0.3),)},
+    "mixture": {"models": fb.Mixture([0.5, 0.5])},
+    "contrast": {"models": fb.Contrast()},
+    "switch": {"models": fb.Switch()},
     **{repr(rule): {"stopping": rule} for rule in STOPPING},
 }
 
@@ -61,3 +69,13 @@ def search_of(name, **options):
     if "constraint" in settings:
         settings["constraint"] = settings["constraint"]()
     return fb.BeamSearch(**settings)
+
+
+def given_to(name, rows):
+    """``(logits, other arguments)`` of a step, for two requests."""
+    options = CASES[name]
+    logits = torch.randn(rows, V)
+    if "models" in options:
+        gate = {"gate": torch.rand(rows) < 0.5} if name == "switch" else {}
+        return (logits, torch.randn(rows, V)), gate
+    return logits, {"attention": torch.rand(rows, 5)} if name == "coverage" else {}
