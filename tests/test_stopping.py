@@ -1,5 +1,8 @@
 """When requests end, what is provably the best then, budgets, and limits that the source sets."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -272,3 +275,16 @@ def test_what_does_not_go_together(options, error):
 def test_unknown_choices(make, error):
     with pytest.raises(ValueError, match=error):
         make()
+
+
+def test_the_page_says_what_the_study_found():
+    """docs/stopping.md has the rows that docs/examples/stopping.py makes of its JSON, and Exact never differs."""
+    root = Path(__file__).parents[1] / "docs"
+    results = json.loads((root / "examples" / "stopping.json").read_text())
+    page = (root / "stopping.md").read_text()
+    for records in results.values():
+        for record in records:
+            shares = " | ".join(f"{100 * record[name]:.1f} %" for name in ("same_best", "same_n_best", "told_exact"))
+            row = f"| {record['length_penalty']} | `{record['rule']}` | {record['steps']:.1f} | {shares} |"
+            assert row in page
+            assert record["rule"] != "Exact" or record["same_n_best"] == record["told_exact"] == 1.0
