@@ -1,6 +1,6 @@
 """How many steps each stopping rule takes, and how often its n-best is what running to the end would have found.
 
-``python stopping.py`` prints the table of ``docs/stopping.md`` and writes ``stopping.json``; a few minutes on one thread.
+``python stopping.py`` prints the tables of ``docs/stopping.md`` and writes ``stopping.json``; minutes on one thread.
 100 prompts from files the demo's model was not trained on, and 10 000 random searches.
 """
 
