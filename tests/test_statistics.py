@@ -175,7 +175,7 @@ def test_off_they_cost_no_operation_and_on_they_never_ask_for_a_value():
 
 @pytest.mark.parametrize("regime", ["pool", "in_place"])
 def test_every_eos_that_finished_is_recorded(regime):
-    model = TableLM(12, 3, eos=(2, 4), eos_bias=1.0)
+    model = TableLM(12, 0, eos=(2, 4), eos_bias=1.0)
     search = fb.BeamSearch(4, 6, [2, 4], stopping=fb.Exhausted(), finished=regime, statistics=True)
     _, hyps = run(search, model)
     found = hyps.statistics
