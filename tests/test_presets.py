@@ -13,7 +13,20 @@ import torch
 
 import flashbeam as fb
 import peer_oracles
-from peer_models import EOS, PAD, PROMPTS, SEEDS, SHAPES, UNK, Lookup, LookupModel, Shape, by_ctranslate2, translators
+from peer_models import (
+    EOS,
+    PAD,
+    PROMPTS,
+    SEEDS,
+    SHAPES,
+    START,
+    UNK,
+    Lookup,
+    LookupModel,
+    Shape,
+    by_ctranslate2,
+    translators,
+)
 from peer_oracles import Found
 
 REQUESTS = SEEDS * PROMPTS
@@ -286,6 +299,7 @@ def test_what_is_elsewhere_is_taken_where_it_does_nothing_and_refused_with_advic
     for name, (off, instead) in elsewhere.items():
         for value in off:
             PRESETS[peer](**{name: value})
+            PRESETS[peer](**{name: int(value) if value == 1 else value})
         with pytest.raises(ValueError, match=f"^{name}: expected .*, got 'something'; ") as error:
             PRESETS[peer](**{name: "something"})
         assert str(error.value).endswith(instead)
@@ -330,11 +344,18 @@ def test_requests_may_differ() -> None:
 
 
 def test_a_constraint_of_ones_own_joins_what_a_preset_bars() -> None:
-    lookup = lookup_of(SHAPES[0])
-    free = decoded(fb.presets.fairseq(3, max_len_b=6), lookup)
-    often = free[1][0].tokens[0]
-    barred = fb.ForbiddenPhrases([[often]])
-    for constraint in (barred, [barred, None] * (REQUESTS // 2)):
-        found = decoded(fb.presets.fairseq(3, max_len_b=6, constraint=constraint), lookup)
-        assert not any({often, PAD} & set(y.tokens) for request in found[::2] for y in request)
-        assert (found[1] == free[1]) == (constraint is not barred)
+    search = {"beam": 2, "max_len_b": 2, "eos": EOS, "pad": PAD}
+    logits = torch.arange(6.0).flip(0)  # START is likeliest, then PAD
+
+    def said(constraint) -> list[set[int]]:
+        hyps = fb.decode(
+            fb.presets.fairseq(constraint=constraint, **search),
+            lambda tokens, cache: (logits.repeat(len(tokens), 1), cache),
+            torch.zeros(2, dtype=torch.int64),
+        )
+        return [set(request[hyps.valid[b]].flatten().tolist()) for b, request in enumerate(hyps.tokens[:, :, :2])]
+
+    barred = fb.ForbiddenPhrases([[START]])
+    assert said(None) == [{START, EOS}] * 2
+    assert said(barred) == [{EOS, UNK}] * 2
+    assert said([barred, None]) == [{EOS, UNK}, {START, EOS}]

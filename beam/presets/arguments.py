@@ -25,7 +25,7 @@ def refuse(peer: str, given: Mapping[str, Any], elsewhere: Mapping[str, Elsewher
         if name not in elsewhere:
             raise TypeError(f"{name}: expected an argument of {peer}'s beam search, got an unknown one")
         off, instead = elsewhere[name]
-        if not any(type(value) is type(neutral) and value == neutral for neutral in off):
+        if not (isinstance(value, (int, float, tuple, type(None))) and value in off):
             wanted = " or ".join(repr(neutral) for neutral in off)
             raise ValueError(f"{name}: expected {wanted or 'it left out'}, got {value!r}; {instead}")
 
