@@ -80,8 +80,8 @@ def lattice(state: State, num_hypotheses: int | None = None, *, requests: Sequen
     Read from the history and the pool, so it costs a search nothing while it runs; call it after a search or between
     two steps. It waits for the device and works on the host.
 
-    An EOS that finished but was driven out of the pool by better ones is in no tensor any more: it is in the lattice
-    only if the search was made with ``statistics=True``, which records it.
+    An EOS that finished but found no place in the pool, or lost it to better ones, is in none of the search's tensors:
+    it is in the lattice only if the search was made with ``statistics=True``, which records it.
 
     Args:
         state: not modified.

@@ -14,7 +14,7 @@ _ENDS = {Status.LIVE: " …", Status.DEAD_END: " ✕", Status.PRUNED: " ╌"}
 
 def draw(tree: Tree, decode: Decode | None, width: int) -> Iterator[str]:
     """The lines of one request."""
-    yield summary(tree)
+    yield cut(summary(tree), width)
     yield f"{'rank':>6}{'score':>9}{'log-prob':>10}"
     yield " " * _HEAD + "●"
     for line in _branches(tree, decode):
