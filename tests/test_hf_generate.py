@@ -8,6 +8,9 @@ from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria,
 
 import flashbeam as fb
 from flashbeam import hf
+from flashbeam.expansion import expand
+from flashbeam.hf.quick import Quick
+from flashbeam.selection.topk import best
 from hf_models import EOS, PAD, inputs, model
 
 
@@ -193,6 +196,32 @@ def test_own_search() -> None:
     hyps = hf.beam_search(lm, given, search, num_hypotheses=2)
     assert torch.equal(found.sequences[:, 4:], hyps.tokens.flatten(0, 1)[:, : found.sequences.shape[1] - 4])
     torch.testing.assert_close(found.sequences_scores, hyps.scores.flatten())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("vocab", [33, 96, 1000])
+def test_quick_candidates_are_the_best(vocab: int, dtype: torch.dtype) -> None:
+    found = 0
+    for seed in range(12):
+        generator = torch.Generator().manual_seed(seed)
+        search = fb.BeamSearch(3, 9, [2, 5], stopping=fb.Exhausted())
+        state, quick = search.init(2), Quick()
+        for number in range(4):
+            rows = 2 if number == 0 else 6
+            logits = torch.randn(rows, vocab, generator=generator).mul_(4).to(dtype)
+            logits[seed % rows, :2] = (torch.nan, -torch.inf)[seed % 2]
+            expansion = expand(search, state, logits, None, None, {}).expansion
+            ours, theirs = quick.find(expansion, 7), best(expansion, 7).candidates
+            if ours is not None:
+                found += 1
+                assert torch.equal(ours.tokens, theirs.tokens)
+                assert torch.equal(ours.parents, theirs.parents)
+                assert torch.equal(ours.adjusted, theirs.adjusted)
+                live = state.slots.active.flatten()[:: 6 // rows]
+                torch.testing.assert_close(ours.log_probs, theirs.log_probs, rtol=1e-6, atol=1e-5)
+                torch.testing.assert_close(ours.lse[live], theirs.lse[live], rtol=1e-6, atol=1e-5)
+            search.step(state, logits)
+    assert found > 5  # the others have ties
 
 
 REFUSED = {

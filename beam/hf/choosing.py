@@ -14,6 +14,7 @@ from ..selection.rescored import rescored
 from ..selection.topk import best
 from ..state import State
 from .decoder import Sequences
+from .quick import Quick
 
 
 class AsGenerate:
@@ -32,6 +33,7 @@ class AsGenerate:
 
     def __init__(self, criteria: Any | None):
         self.criteria = criteria
+        self.quick = Quick()
         self.sequences: Sequences | None = None  # of the beams before the step, where there are criteria
         self.increments: Tensor | None = None  # float32 [R, V], of the step to come
         self.scores: tuple[Tensor, ...] | None = None  # what criteria are shown of the steps so far
@@ -50,7 +52,10 @@ class AsGenerate:
         return self._stop(expansion, self._best(expansion, max(2, 1 + ends) * k), k)
 
     def _best(self, expansion: Expansion, count: int) -> Ranked:
-        return best(expansion, count) if self.increments is None else rescored(expansion, self.increments, count)
+        if self.increments is not None:
+            return rescored(expansion, self.increments, count)
+        found = self.quick.find(expansion, count)
+        return best(expansion, count) if found is None else Ranked(found)
 
     def _stop(self, expansion: Expansion, ranked: Ranked, k: int) -> Ranked:
         """Take out of what would live on what the criteria stop."""

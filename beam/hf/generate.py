@@ -58,7 +58,7 @@ def generate(
     Raises:
         ValueError, TypeError: ``<argument>: expected X, got Y``.
     """
-    config = generation_config
+    config, quick = generation_config, search is None
     criteria = [*stopping_criteria, *stop_string_criteria(stop_strings, tokenizer)]
     limits = limits_of(list(logits_processor), criteria, input_ids.shape[1])
     options = {"selection": selection, "constraint": constraint, "stopping": stopping, "normalize": normalize}
@@ -86,6 +86,7 @@ def generate(
         source_lengths=None,
         progress=progress,
         streamer=streamer,
+        quick=quick,
     )
     filler = filler_of(config, limits.eos_ids)
     return generated(model, config, found.hyps, found.prompts, found.recorder, found.model_kwargs, filler)

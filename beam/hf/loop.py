@@ -30,6 +30,7 @@ class Hooks:
     recorder: Recorder
     stream: Stream | None
     progress: Callable[[int, State], Any] | None
+    quick: bool  # log-probabilities may be as transformers' in their last bits
 
 
 class Loop:
@@ -116,7 +117,7 @@ class Loop:
 def _chooser(search: BeamSearch, hooks: Hooks) -> AsGenerate | None:
     """How to choose where processors or criteria have a say, if the search's own rule is not to."""
     rule, criteria = search.selection, hooks.criteria
-    if not hooks.processors and criteria is None:
+    if not hooks.processors and criteria is None and not hooks.quick:
         return None
     if type(rule) is not TopK or (criteria is not None and search.finished == "in_place"):
         if criteria is not None and search.finished == "pool":

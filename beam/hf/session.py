@@ -48,8 +48,9 @@ def decode(
     source_lengths: Any,
     progress: Callable[[int, State], Any] | None,
     streamer: Any,
+    quick: bool = False,
 ) -> Found:
-    """Run the search on what ``generate`` has prepared."""
+    """Run the search on what ``generate`` has prepared; on a CPU the ``quick`` way, where bits are not promised."""
     from transformers import StoppingCriteriaList
 
     model, input_ids, kwargs, config, repeats = call
@@ -69,6 +70,7 @@ def decode(
         recorder,
         None if streamer is None else Stream(streamer, prompts),
         progress,
+        quick,
     )
     encoder = kwargs.get("encoder_outputs")
     if encoder is not None:
