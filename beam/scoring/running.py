@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..constrained import written
 from .protocol import Term
-from .terms import Terms, take_rows
+from .terms import Terms, each_leaf
 
 if TYPE_CHECKING:
     from ..search import Step
@@ -45,7 +45,7 @@ def terms_of_rows(
     per_request = rows // batch
     if per_request != state.beam_size:  # before the first token: all slots are alike
         index = torch.arange(0, rows * state.beam_size, state.beam_size, device=state.device) // per_request
-        stats = take_rows(stats, index)
+        stats = each_leaf(stats, lambda leaf: leaf.index_select(0, index))
 
     def of_rows(values: Tensor) -> Tensor:
         return values.float().repeat_interleave(per_request)[:, None]

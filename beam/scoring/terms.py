@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from ..cache import leaves_of, rebuild
 from .protocol import Seen, Term
 
-_LEAST = torch.finfo(torch.float32).min  # a candidate's score is finite, however strong a term is
+_LEAST = torch.finfo(torch.float32).min  # what can follow has a finite score, however strong a term is
 _SLACK = 2.0**-18  # rounding of a score, relative to what it is the sum of
 
 
@@ -33,8 +34,15 @@ class Terms(NamedTuple):
 
     def take(self, rows: Tensor) -> Terms:
         """Those of ``rows [n]``."""
+        return self._each(lambda leaf: leaf.index_select(0, rows))
+
+    def part(self, rows: slice) -> Terms:
+        """Those of ``rows``, as views."""
+        return self._each(lambda leaf: leaf[rows])
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Terms:
         terms, *fields = self
-        return Terms(terms, *(take_rows(field, rows) for field in fields))
+        return Terms(terms, *(each_leaf(field, change) for field in fields))
 
     def seen(self, tokens: Tensor, token_log_probs: Tensor, best: Tensor) -> Seen:
         """Continuations by ``tokens [R, M]`` or ``[1, M]``; see :class:`Seen`."""
@@ -44,8 +52,7 @@ class Terms(NamedTuple):
     def scores(self, log_probs: Tensor, seen: Seen) -> Tensor:
         """Scores ``[R, M]`` of continuations with cumulative ``log_probs [R, M]``, before the length norm."""
         total = sum((value for value, _ in self._extended(seen)), torch.zeros_like(self.norm))
-        scores = (log_probs + self.norm * total).clamp(min=_LEAST)
-        return scores.masked_fill(log_probs == -torch.inf, -torch.inf)
+        return log_probs + (self.norm * total).nan_to_num(nan=_LEAST, posinf=-_LEAST, neginf=_LEAST)
 
     def advanced(self, seen: Seen) -> tuple[Any, ...]:
         """The statistics with one token more in each row."""
@@ -68,7 +75,7 @@ class Terms(NamedTuple):
         return [term.extend(stats, seen) for term, stats in zip(self.terms, self.stats, strict=True)]
 
 
-def take_rows(nest: Any, rows: Tensor) -> Any:
-    """A nest of tensors and ``None`` with ``rows [n]`` of each tensor."""
+def each_leaf(nest: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """A nest of tensors and ``None``, each tensor changed."""
     leaves = (leaf for _, leaf in leaves_of(nest, "stats"))
-    return rebuild(nest, iter([leaf.index_select(0, rows) if isinstance(leaf, Tensor) else leaf for leaf in leaves]))
+    return rebuild(nest, iter([change(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]))

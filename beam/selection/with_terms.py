@@ -51,12 +51,15 @@ def _of_children(expansion: Expansion, terms: Terms, k: int) -> Ranked:
 def _of_all(expansion: Expansion, terms: Terms, k: int) -> Ranked:
     """From every token."""
     rows = rows_of(expansion)
-    token_log_probs = rows.token_log_probs()
     best = _best_token(token_log_prob(rows.best, rows.lse)[:, None], endings_of(expansion, rows.lse))
     tokens = torch.arange(expansion.vocab_size, device=best.device)[None]
-    log_probs = expansion.slots.log_probs[:, : expansion.parents].reshape(-1, 1) + token_log_probs
-    scores = terms.scores(log_probs, terms.seen(tokens, token_log_probs, best))
-    return ranked_by(expansion, rows, scores, k)._replace(best_tokens=best)
+    before = expansion.slots.log_probs[:, : expansion.parents].reshape(-1, 1)
+
+    def scores_of(part: slice) -> Tensor:
+        token_log_probs, some = rows.token_log_probs(part), terms.part(part)
+        return some.scores(before[part] + token_log_probs, some.seen(tokens, token_log_probs, best[part]))
+
+    return ranked_by(expansion, rows, scores_of, k)._replace(best_tokens=best)
 
 
 def _best_token(others: Tensor, ends: Endings | None) -> Tensor:
