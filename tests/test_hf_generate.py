@@ -71,6 +71,7 @@ SETTINGS = {
     "raw": {"early_stopping": "never", "length_penalty": 0.0},
     "short": {"length_penalty": -1.0},
     "min": {"min_new_tokens": 4},
+    "min, never": {"min_new_tokens": 8},
     "min length": {"min_length": 7, "early_stopping": True},
     "repetition": {"repetition_penalty": 1.7},
     "n-gram": {"no_repeat_ngram_size": 2, "min_new_tokens": 3},

@@ -130,6 +130,16 @@ def test_processors_and_constraints() -> None:
         assert len(set(row) - {PAD}) == len([token for token in row if token != PAD])
 
 
+def test_processors_of_the_config() -> None:
+    lm, given = shared("llama"), inputs("llama")
+    options = {"repetition_penalty": 1.5, "prefix_allowed_tokens_fn": lambda request, ids: [EOS, 5, 6, 7, 8 + request]}
+    search = fb.BeamSearch(4, 8, EOS, pad_id=PAD, stopping=fb.BestLive())
+    hyps = hf.beam_search(lm, given, search, **options)
+    options |= {"num_beams": 4, "num_return_sequences": 4, "max_new_tokens": 8, "do_sample": False}
+    theirs = lm.generate(**given, **options)[:, 4:]
+    assert torch.equal(hyps.tokens.flatten(0, 1)[:, : theirs.shape[1]], theirs)
+
+
 def test_samples() -> None:
     lm, given = shared("gpt2"), inputs("gpt2")
     search = fb.BeamSearch(5, 6, EOS, pad_id=PAD, selection=fb.Stochastic(seed=1))
