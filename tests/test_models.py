@@ -116,6 +116,13 @@ def test_three_models_and_exact_stopping():
     same(*results)
 
 
+def test_a_contrast_has_no_bound_and_says_so():
+    """What stops early might have missed something; what runs to the end has not."""
+    for stopping, exact in ((fb.FirstFinished(), False), (fb.Exhausted(), True)):
+        search = fb.BeamSearch(2, 9, EOS, stopping=stopping, models=fb.Contrast(alpha=0.05))
+        assert run(search, Pair(eos_bias=1.0))[0].exact.tolist() == [exact]
+
+
 def test_weights_of_requests_and_of_rows():
     pair, weights = Pair(), [[0.9, 0.1], [0.2, 0.8]]
     own = fb.BeamSearch(4, 4, EOS, models=fb.Mixture(weights))

@@ -46,11 +46,11 @@ def rows_given(
                 f"logits[{i}]: expected as many rows and columns as logits[0], {list(sources[0].shape)}, "
                 f"got {list(rows.shape)}"
             )
-    name = models.reads
-    given = None if name is None else per_row[name]
-    if name is not None and given is not None:
-        columns = len(sources) if name == "weights" else None
-        given = as_per_row(state, given, sources[0].shape[0], name, _DTYPES[name], columns)
+    read = models.reads
+    given = None if read is None else per_row[read]
+    if read is not None and given is not None:
+        columns = len(sources) if read == "weights" else None
+        given = as_per_row(state, given, sources[0].shape[0], read, _DTYPES[read], columns)
     models.check(len(sources), given)
     return tuple(sources), vocab_size, given
 

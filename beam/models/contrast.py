@@ -26,8 +26,8 @@ class Contrast:
         score += log p_e(v) - log p_a(v)                             weight=None
         score += log p_e(v) + weight * (log p_e(v) - log p_a(v))     otherwise
 
-    Sources: contrastive decoding (Li et al. 2023, section 3.2): ``fb.Contrast(amateur_temperature=0.5)``; visual
-    contrastive decoding (Leng et al. 2024, equations 3 to 5): ``fb.Contrast(weight=1.0, normalize=True)``; DoLa (Chuang
+    Sources: contrastive decoding (Li et al. 2023, section 3): ``fb.Contrast(amateur_temperature=0.5)``; visual
+    contrastive decoding (Leng et al. 2024, section 3): ``fb.Contrast(weight=1.0, normalize=True)``; DoLa (Chuang
     et al. 2024, section 2): ``fb.Contrast()`` with the logits of early layers.
 
     ``log_probs`` are the expert's and ``scores`` accumulate the contrast, which is no log-probability, may be positive
@@ -86,11 +86,9 @@ class Contrast:
         other = None
         if self.amateur_temperature != 1:
             other = torch.full_like(given.active, self.amateur_temperature, dtype=torch.float32)
-        normalize, vocab_size = given.normalize, given.vocab_size
 
         def summary(x: Tensor, bitmask: Tensor | None, tau: Tensor | None) -> Summary:
-            rows = {"temperature": tau, "active": given.active, "vocab_size": vocab_size}
-            return summarize(x, bitmask=bitmask, normalize=normalize, **rows)
+            return summarize(x, bitmask=bitmask, temperature=tau, normalize=given.normalize, **given.extent)
 
         found = summary(expert, given.allowed, temperature)
         others = [summary(x, given.barred, other) for x in amateurs]
@@ -106,8 +104,7 @@ class Contrast:
                     kind=self.divergence,
                     temperature=temperature,
                     other_temperature=other,
-                    active=given.active,
-                    vocab_size=vocab_size,
+                    **given.extent,
                 )
                 for x, (_, lse, _) in zip(amateurs, others, strict=True)
             ]
@@ -123,8 +120,7 @@ class Contrast:
             temperature=temperature,
             amateur_temperature=other,
             choice=choice,
-            active=given.active,
-            vocab_size=vocab_size,
+            **given.extent,
         )
         flags = faults(found.flags, lost, *(flags for _, _, flags in others))
         return Combined(scores, None, flags) if self.normalize else Combined(expert, scores, flags)

@@ -154,8 +154,7 @@ class Mixture:
             return _fused(given, weights, temperature)
         if self.kind == "probability":
             return Combined(mixed(given, weights, temperature))
-        rows = {"active": given.active, "vocab_size": given.vocab_size}
-        return Combined(mixture(given.logits, weights, kind="log", temperature=temperature, **rows))
+        return Combined(mixture(given.logits, weights, kind="log", temperature=temperature, **given.extent))
 
 
 def as_temperatures(given: Any) -> tuple[float, ...] | None:
@@ -200,8 +199,7 @@ def mixed(given: Given, weights: Tensor, temperature: Tensor | None, onehot: Ten
         lse=torch.stack(lse, 1),
         temperature=temperature,
         onehot=onehot,
-        active=given.active,
-        vocab_size=given.vocab_size,
+        **given.extent,
     )
 
 
@@ -228,8 +226,7 @@ def _fused(given: Given, weights: Tensor, temperature: Tensor | None) -> Combine
         kind="log",
         lse=torch.stack([summary.lse for summary in found], 1),
         temperature=temperature,
-        active=given.active,
-        vocab_size=given.vocab_size,
+        **given.extent,
     )
     return Combined(given.logits[0], increments, faults(*(summary.flags for summary in found)))
 

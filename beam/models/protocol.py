@@ -18,6 +18,11 @@ class Given(NamedTuple):
     per_row: Tensor | None  # [R] or [R, M], what the step was given for this combination
 
     @property
+    def extent(self) -> dict[str, Any]:
+        """What is read of the rows, as operations on them take it."""
+        return {"active": self.active, "vocab_size": self.vocab_size}
+
+    @property
     def barred(self) -> Tensor | None:
         """The bitmask that normalisers heed: none where what is banned keeps its share."""
         return self.allowed if self.normalize == "allowed" else None

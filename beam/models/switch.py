@@ -34,7 +34,7 @@ class Switch:
 
     Where a model speaks alone, the search is that model's, bit for bit. So model 0 may be aligned and model 1 its
     pretrained ancestor, which knows more, for the tokens that a classifier finds critical (Jin et al. 2024,
-    "Collaborative decoding of critical tokens for boosting factuality of large language models", section 3).
+    "Collaborative decoding of critical tokens for boosting factuality of large language models").
 
     Args:
         greedy: ``None``, or how the models but the first decide: by their best token of those that may follow, which
