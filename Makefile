@@ -2,21 +2,23 @@
 
 PYTHON ?= python3
 PROMPT ?=
+TO ?=
 VIEW :=
 ARGS ?=
 INSTALLED := .venv/.installed
 
 # taken as it is, whatever it contains: make would expand `$`, the shell quotes and blanks
-unexport PROMPT
+unexport PROMPT TO
 export DEMO_PROMPT := $(value PROMPT)
+export DEMO_TO := $(value TO)
 
 .PHONY: help demo test test-install lint peers bench docs clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile
 
-demo: $(INSTALLED) ## complete code prompts by beam search: make demo PROMPT='def ', VIEW=stochastic, diverse, sample or trie
-	@.venv/bin/python docs/examples/demo.py $(VIEW:%=--%) $${DEMO_PROMPT:+-- "$$DEMO_PROMPT"}
+demo: $(INSTALLED) ## complete code prompts by beam search: make demo PROMPT='def ', VIEW=stochastic, diverse, sample, trie or lattice (TO=a.svg)
+	@.venv/bin/python docs/examples/demo.py $(VIEW:%=--%) $${DEMO_TO:+--to "$$DEMO_TO"} $${DEMO_PROMPT:+-- "$$DEMO_PROMPT"}
 
 test: $(INSTALLED) ## the whole test suite: make test ARGS='-k order'
 	.venv/bin/python -m pytest -n auto --dist worksteal $(ARGS)

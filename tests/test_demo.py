@@ -250,8 +250,8 @@ def test_demo_completes_prompts_of_the_user() -> None:
         (["--threads", "-1"], "--threads: expected a whole number from 1 to 1024, got '-1'"),
         (
             ["--colour"],
-            "--colour: expected --stochastic, --diverse, --sample, --trie, --seed, --beams, --max-length, --num, "
-            "--threads or --help, got '--colour'",
+            "--colour: expected --stochastic, --diverse, --sample, --trie, --lattice, --seed, --beams, --max-length, "
+            "--num, --threads, --to or --help, got '--colour'",
         ),
         (["--stochastic", "--diverse"], "--diverse: expected no other view beside it, got --stochastic"),
         (["--sample", "--beams", "4"], "--beams: expected no view beside it, got --sample"),
@@ -260,6 +260,12 @@ def test_demo_completes_prompts_of_the_user() -> None:
         (["--trie", "--seed", "1"], "--seed: expected --stochastic or --sample beside it, got --trie"),
         (["--trie", "x = os.zz"], "PROMPT: expected the beginning of names of os at its end, got 'zz'"),
         (["--trie", "pr", "x = 1"], "PROMPT: expected the beginning of builtins or modules at its end, got '1'"),
+        (["--to", "a.svg"], "--to: expected --lattice beside it, got nothing"),
+        (["--lattice", "--to", "a.png"], "--to: expected .html, .svg, .txt or .json in a folder that exists, got 'a"),
+        (
+            ["--lattice", "--to", "no/a.svg"],
+            "--to: expected .html, .svg, .txt or .json in a folder that exists, got 'n",
+        ),
         (["--sample", "--seed", "-1"], "--seed: expected a whole number from 0 to 999999999, got '-1'"),
     ],
 )
@@ -437,8 +443,9 @@ def test_distinct_bigrams() -> None:
     assert distinct_bigrams([]) == (0, 0)
 
 
-@pytest.mark.parametrize("view", ["stochastic", "diverse", "sample", "trie"])
-def test_view_fits_the_terminal(view: str, show: Show) -> None:
+@pytest.mark.parametrize("view", ["stochastic", "diverse", "sample", "trie", "lattice"])
+def test_view_fits_the_terminal(view: str, show: Show, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # a lattice is written there
     text = show(f"--{view}")
     assert "\x1b" not in text
     assert max(map(len, text.splitlines())) <= 80
@@ -453,6 +460,7 @@ def test_make_passes_the_view_beside_the_prompt() -> None:
         ([], ""),
         (["VIEW=stochastic"], "--stochastic|"),
         (["VIEW=trie"], "--trie|"),
+        (["VIEW=lattice", "TO=a $b.svg"], "--lattice|--to|a $b.svg|"),
         (["VIEW=sample", "PROMPT=it's $(x) "], "--sample|--|it's $(x) |"),
     ):
         root = EXAMPLES.parents[1]
@@ -461,9 +469,29 @@ def test_make_passes_the_view_beside_the_prompt() -> None:
         ).stdout
         echo = line.strip().replace(".venv/bin/python docs/examples/demo.py", "printf '%s|'")
         prompt = next((one.removeprefix("PROMPT=") for one in arguments if one.startswith("PROMPT=")), "")
-        shell = {**environment, "DEMO_PROMPT": prompt}
+        to = next((one.removeprefix("TO=") for one in arguments if one.startswith("TO=")), "")
+        shell = {**environment, "DEMO_PROMPT": prompt, "DEMO_TO": to}
         said = subprocess.run(["sh", "-c", echo], env=shell, capture_output=True, text=True, check=True).stdout
         assert said.removeprefix("|") == expected  # printf without arguments prints one
+
+
+def test_lattice_view_draws_the_search_and_writes_it(lm: tuple[CodeLM, Tokenizer], show: Show, tmp_path: Path) -> None:
+    text = show("--lattice", "--to", str(tmp_path / "a.json"))
+    *shown, end = parts(text)
+    found = json.loads((tmp_path / "a.json").read_text())["requests"]
+    assert str(tmp_path / "a.json") in end
+    for request, (part, prompt) in enumerate(zip(shown, TEXTS, strict=True)):
+        best = complete(lm[0], [lm[1].encode(prompt)], beam_size=4, max_length=LENGTH).endings(0)
+        nodes = found[request]["nodes"]
+        for rank, ending in enumerate(best, 1):
+            node = nodes["rank"].index(rank)
+            assert nodes["log_prob"][node] == pytest.approx(ending.log_prob, abs=1e-3)
+            said = re.search(rf"^ +{rank} +(-\d+\.\d\d) +(-\d+\.\d\d)  ", part, re.MULTILINE)
+            assert said and [float(number) for number in said.groups()] == pytest.approx(
+                [ending.log_prob] * 2, abs=0.02
+            )
+        assert f"{len(nodes['parent']) - 1} tokens tried" in part
+        assert len(found[request]["statistics"]["width"]) == found[request]["steps"]
 
 
 # the names

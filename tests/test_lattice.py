@@ -147,8 +147,16 @@ def test_holds_what_a_search_that_records_everything_has_tried(in_place, stoppin
 def test_every_hypothesis_is_in_it_with_the_same_numbers(name):
     model = TableLM(12, 1, eos=EOS, eos_bias=1.0)
     state, hyps = run(search_of(name, False), model)
-    for b, tree in enumerate(fb.lattice(state)):
+    complete, _ = run(search_of(name, True), model)
+    for b, (tree, more) in enumerate(zip(fb.lattice(state), fb.lattice(complete), strict=True)):
         check_tree(tree)
+        check_tree(more)
+        fewer = fb.lattice(state, 1, requests=[b])[0]
+        assert (fewer.score == tree.score).all() and fewer.rank.max() == 1  # also of what is not in the n-best
+        made, tried = more.statistics, np.bincount(more.step[1:], minlength=more.steps)
+        if state.groups == 1:  # where a rule ends a search, or a group's, no beam is left
+            assert (tried == made.width + made.finished)[:-1].all()
+        assert len(tree) - tree.finished.sum() == len(more) - more.finished.sum()
         for n in range(int(hyps.valid[b].sum())):
             node = int(np.flatnonzero(tree.rank == n + 1)[0])
             path, length = tree.path(node), int(hyps.lengths[b, n])
@@ -176,14 +184,32 @@ def test_of_a_search_under_way_and_of_some_of_its_requests():
         assert all(torch.equal(a, b) for a, b in zip(getattr(state, part), getattr(before, part), strict=True))
 
 
-def test_what_a_constraint_refuses_at_the_end_is_a_dead_end():
-    model = TableLM(12, 0)
-    search = fb.BeamSearch(4, 3, constraint=fb.Trie([[1, 3, 5], [1, 3], [4, 5, 6], [4]]), stopping=fb.Exhausted())
-    state, _ = run(search, model)
+class Even:
+    """A constraint of one's own: the last token at max_length is even."""
+
+    def init(self, batch_size, beam_size, vocab_size, device):
+        return torch.zeros(batch_size * beam_size, dtype=torch.int64)
+
+    def bitmask(self, state):
+        return torch.full((len(state), 1), -1, dtype=torch.int32)
+
+    def advance(self, state, tokens):
+        return tokens
+
+    def accepts(self, state):
+        return state % 2 == 0
+
+
+@pytest.mark.parametrize("regime", ["pool", "in_place"])
+def test_what_a_constraint_refuses_at_the_end_is_a_dead_end(regime):
+    search = fb.BeamSearch(6, 3, constraint=Even(), finished=regime)
+    state, _ = run(search, TableLM(12, 0))
     for tree in fb.lattice(state):
         check_tree(tree)
-        paths = {tuple(path.tokens) for path in tree.paths(Status.BEST)}
-        assert paths == {(1, 3, 5), (4, 5, 6)}  # without EOS, what is whole at max_length
+        last = tree.leaves[tree.step[tree.leaves] == 2]
+        assert len(last) == 6
+        assert (tree.status[last] == np.where(tree.token[last] % 2 == 0, Status.BEST, Status.DEAD_END)).all()
+        assert "✕" in fb.lattice(state).text()
 
 
 def test_text_of_a_search_worked_by_hand():

@@ -98,7 +98,7 @@ def test_equal_those_of_a_search_that_records_everything(in_place, stopping, pat
 SEARCHES = {
     "topk": {},
     "in place": {"finished": "in_place"},
-    "groups": {"selection": fb.DiverseGroups(2, 0.5), "beam_size": 4},
+    "groups": {"selection": fb.DiverseGroups(2, 0.05), "beam_size": 4},
     "siblings": {"selection": fb.DiverseSiblings(0.3)},
     "stochastic": {"selection": fb.Stochastic(3)},
     "sample": {"selection": fb.Sample(3, top_k=6)},

@@ -82,7 +82,7 @@ def _branches(tree: Tree, decode: Decode | None) -> Iterator[_Line]:
     while pending:
         begin, lost, indent, last = pending.pop()
         if lost:
-            text = " ╌ ".join(line_of(_longest(tree, children, child), decode) for child in lost)
+            text = " ╌ ".join(_text(_longest(tree, children, child), decode) for child in lost)
             dead = sum(tree.status[child] == Status.DEAD_END for child in lost)
             yield _Line(f"{indent}╰╌ ", text, f" ✕{dead}" if dead else "", left_out=len(lost))
             continue
@@ -91,15 +91,14 @@ def _branches(tree: Tree, decode: Decode | None) -> Iterator[_Line]:
         leaf = not children[end]
         yield _Line(
             indent + ("└─ " if last else "├─ "),
-            _text(tree, chain, decode),
+            _text(tree.token[chain].tolist(), decode),
             (" ■" if tree.finished[end] else _ENDS.get(Status(tree.status[end]), " …")) if leaf else "",
             end if leaf else 0,
         )
         pending += below(end, lost, indent + ("   " if last else "│  "))
 
 
-def _text(tree: Tree, chain: list[int], decode: Decode | None) -> str:
-    tokens = tree.token[chain].tolist()
+def _text(tokens: list[int], decode: Decode | None) -> str:
     text = line_of(tokens, decode)
     return text if text.strip() else "".join(token_label(token, decode) for token in tokens)
 

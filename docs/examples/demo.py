@@ -2,7 +2,7 @@
 
 ``complete`` is the decode loop to copy; ``codelm.py`` is the model it drives, ``report.py`` prints what it returns.
 With ``--stochastic``, ``--diverse`` or ``--sample``, ``choose.py`` chooses otherwise; with ``--trie``, ``names.py``
-completes one name, of those there are. ``views.py`` prints that.
+completes one name, of those there are; with ``--lattice``, ``explore.py`` draws a search. ``views.py`` prints that.
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ VIEWS = {
     "diverse": f"{COUNT} beams beside beams that avoid each other",
     "sample": f"{COUNT} samples, independent and spread evenly",
     "trie": f"{COUNT} identifiers beside {COUNT} names of builtins and the standard library",
+    "lattice": "all that a search tried, as text and as a page for a browser",
 }
 
 
@@ -126,6 +127,14 @@ def whole_number(low: int, high: int) -> Callable[[str], int]:
     return read
 
 
+def picture(text: str) -> str:
+    """Read where a lattice is to be written."""
+    folder, name = os.path.split(text)
+    if not os.path.isdir(folder or ".") or os.path.splitext(name)[1] not in (".html", ".svg", ".txt", ".json"):
+        raise argparse.ArgumentTypeError(f"expected .html, .svg, .txt or .json in a folder that exists, got {text!r}")
+    return text
+
+
 def beam_sizes(text: str) -> list[int]:
     """Read widths such as ``4,16``; greedy search is always the first."""
     try:
@@ -160,6 +169,7 @@ def make_parser() -> Parser:
         help="default %(default)s: a small model",
     )
     add("--seed", type=whole_number(0, 999_999_999), metavar="N", help="of --stochastic and --sample; default 0")
+    add("--to", type=picture, metavar="FILE", help="of --lattice: .html, .svg, .txt or .json; default lattice.html")
     views = parser.add_argument_group("other views of the same prompts").add_mutually_exclusive_group()
     for view, text in VIEWS.items():
         views.add_argument(f"--{view}", dest="view", action="store_const", const=view, help=text)
@@ -170,13 +180,15 @@ def read_arguments(parser: Parser) -> argparse.Namespace:
     """Read the command line, or exit and say what does not fit together."""
     args, unknown = parser.parse_known_args()
     if unknown:
-        options = ", ".join(f"--{name}" for name in (*VIEWS, "seed", "beams", "max-length", "num", "threads"))
+        options = ", ".join(f"--{name}" for name in (*VIEWS, "seed", "beams", "max-length", "num", "threads", "to"))
         parser.error(f"{unknown[0]}: expected {options} or --help, got {unknown[0]!r}")
     if args.beams and args.view:
         parser.error(f"--beams: expected no view beside it, got --{args.view}")
     if args.seed is not None and args.view not in ("stochastic", "sample"):
         got = f"--{args.view}" if args.view else "neither"
         parser.error(f"--seed: expected --stochastic or --sample beside it, got {got}")
+    if args.to is not None and args.view != "lattice":
+        parser.error(f"--to: expected --lattice beside it, got {f'--{args.view}' if args.view else 'nothing'}")
     return args
 
 
@@ -216,7 +228,8 @@ def main() -> None:
     print(f"flashbeam {fb.__version__} completes {len(prompts)} prompt{plural} of Python code in one batch")
     report.note(f"language model: {parameters / 1e6:.1f} M parameters, on the CPU, threads: {args.threads}")
     if args.view:
-        Views(model, tokenizer, args.max_length, args.num or COUNT, args.seed or 0).show(args.view, prompts, encoded)
+        views = Views(model, tokenizer, args.max_length, args.num or COUNT, args.seed or 0, args.to or "lattice.html")
+        views.show(args.view, prompts, encoded)
         return
     found = complete_all(model, encoded, args.beams or beam_sizes(BEAMS), args.max_length)
     report.note("log-prob: natural logarithm of a completion's probability; gain: over greedy")
@@ -229,6 +242,7 @@ def main() -> None:
     report.tree(drawn, 0, prompts[0])
     report.rule("Speed and gain")
     report.summary(found)
+    report.note("  See all that a search tried, in a browser: make demo VIEW=lattice")
 
 
 if __name__ == "__main__":

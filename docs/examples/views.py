@@ -1,8 +1,9 @@
-"""The demo's views besides beams of several widths: ``--stochastic``, ``--diverse``, ``--sample`` and ``--trie``."""
+"""The demo's views besides beams of several widths: ``--stochastic``, ``--diverse``, ``--lattice`` and others."""
 
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from itertools import zip_longest
 
@@ -11,6 +12,7 @@ from torch import Tensor
 import flashbeam as fb
 from choose import COUNT, choose_all, distinct_bigrams, expected_lengths, sequences
 from codelm import CodeLM, Tokenizer
+from explore import BEAMS, explore
 from names import Name, any_identifier, complete_names, find_cursors, real_names
 from report import Report
 from terminal import cut, one_line
@@ -25,17 +27,26 @@ GROUPS, STRENGTH, RATE = 4, 0.5, 0.5
 class Views:
     """Completes the same prompts in other ways, and prints ``num`` of the ``COUNT`` completions of each."""
 
-    def __init__(self, model: CodeLM, tokenizer: Tokenizer, max_length: int, num: int, seed: int) -> None:
+    def __init__(
+        self, model: CodeLM, tokenizer: Tokenizer, max_length: int, num: int, seed: int, file: str = "lattice.html"
+    ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.report = Report(tokenizer)
         self.max_length = max_length
         self.num = num
         self.seed = seed
+        self.file = file
 
     def show(self, view: str, prompts: Sequence[str], encoded: list[list[int]]) -> None:
         """Print the view of that name; ``encoded`` are the prompts' tokens."""
-        views = {"stochastic": self._stochastic, "diverse": self._diverse, "sample": self._sample, "trie": self._trie}
+        views = {
+            "stochastic": self._stochastic,
+            "diverse": self._diverse,
+            "sample": self._sample,
+            "trie": self._trie,
+            "lattice": self._lattice,
+        }
         views[view](prompts, encoded)
 
     def _stochastic(self, prompts: Sequence[str], encoded: list[list[int]]) -> None:
@@ -136,6 +147,20 @@ class Views:
             real = [each for of_prompt in of_way for each in of_prompt if each.real]
             probability = sum(math.exp(each.log_prob) for each in real) / len(prompts)
             print(f"  {way:14}{sum(map(len, of_way)):7}{len(real):6}{probability:13.3f}")
+
+    def _lattice(self, prompts: Sequence[str], encoded: list[list[int]]) -> None:
+        lattice = explore(self.model, encoded, self.max_length, min(self.num, BEAMS))
+        self.report.note(f"all that {BEAMS} beams tried: fb.lattice(state)")
+        self.report.note("■ finished; … still in the beam at the end; on one line: what was pruned")
+        self.report.note("▸ completions begin; ↵ new line\n")
+        for request, (prompt, tree) in enumerate(zip(prompts, lattice, strict=True)):
+            self.report.rule(f"Prompt {request + 1} of {len(prompts)}")
+            print(f"  {cut(one_line(prompt), self.report.columns - 3)}{self.report.style.dim('▸')}")
+            print(fb.Lattice((tree,)).text(self.tokenizer.decode, width=self.report.columns))
+        lattice.save(self.file, self.tokenizer.decode)
+        self.report.rule("A page for a browser")
+        print(f"  {os.path.abspath(self.file)}")
+        self.report.note("  Rest on a token, or on a hypothesis, to follow it; bars are entropies.")
 
     def _name(self, name: Name, width: int) -> str:
         """A name in ``15 + width`` columns."""
