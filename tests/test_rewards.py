@@ -36,21 +36,24 @@ def test_a_beam_wide_enough_finds_the_best_of_all(regime):
     """Every term and every two of them together; vocabulary of four, sources of 2 and 3 tokens."""
     lm = TableLM(4, 8)
     sources = oracle.AttendingLM(lm, {5: 2, 6: 3})
+    paths = {
+        bos: [
+            oracle.path(lm.logits, bos, leaf.tokens, attention=sources)
+            for leaf in enumerate_leaves(lm.logits, bos, eos=[EOS], max_length=3)
+        ]
+        for bos in (5, 6)
+    }
     combinations = [*itertools.combinations(CASES, 1), *itertools.combinations(CASES, 2)]
     for number, names in enumerate(combinations):
         alpha = [0.0, 1.0, 0.4][number % 3]
         terms = [CASES[name][0] for name in names]
-        search = fb.BeamSearch(60, 4, EOS, length_penalty=alpha, terms=terms, finished=regime, stopping=fb.Exact())
+        search = fb.BeamSearch(40, 3, EOS, length_penalty=alpha, terms=terms, finished=regime, stopping=fb.Exact())
         hyps = fb.decode(search, lm, torch.tensor([5, 6]), source_lengths=[2, 3])
         for b, bos in enumerate([5, 6]):
-            paths = (
-                oracle.path(lm.logits, bos, leaf.tokens, attention=sources)
-                for leaf in enumerate_leaves(lm.logits, bos, eos=[EOS], max_length=4)
-            )
             told = [CASES[name][1] for name in names]
-            want = {path.tokens: oracle.score(path, len(path.tokens) ** alpha, told) for path in paths}
-            found = returned(hyps, b)[:60]
-            best = sorted(want.values(), reverse=True)[:60]
+            want = {path.tokens: oracle.score(path, len(path.tokens) ** alpha, told) for path in paths[bos]}
+            found = returned(hyps, b)
+            best = sorted(want.values(), reverse=True)
             assert [score for _, score in found] == pytest.approx(best, rel=5e-6, abs=5e-6)
             for tokens, score in found:
                 assert score == pytest.approx(want[tokens], rel=5e-6, abs=5e-6)

@@ -50,7 +50,7 @@ def returned(hyps, b):
 @pytest.mark.parametrize("regime", REGIMES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_scores_are_what_the_tokens_say(kind, regime):
-    for seed in range(6):
+    for seed in range(4):
         lm, bos = TableLM(6, seed, eos=[EOS], eos_bias=-0.5), [3, 9, 4]
         strength, alpha, start = [0.02, 0.3, 5.0][seed % 3], [0.0, 1.0, -0.4][seed % 3], seed % 2 == 1
         temperature, low = [1.0, 0.6][seed % 2], seed % 3
@@ -172,8 +172,8 @@ def random_case(random_, requests):
 
 def test_exact_stopping_returns_what_exhaustion_does_in_fewer_steps():
     random_, steps = random.Random(5), np.zeros(3, int)
-    for _ in range(45):
-        options, lm, bos = random_case(random_, 6)
+    for _ in range(24):
+        options, lm, bos = random_case(random_, 10)
         rules = fb.Exhausted(), fb.Exact(), fb.FirstFinished()
         ran = [run(fb.BeamSearch(stopping=rule, **options), lm, bos) for rule in rules]
         whole, early, first = (hyps for hyps, _ in ran)
@@ -222,7 +222,7 @@ def test_the_upper_bound_is_what_the_best_continuation_gets(term, surprisal, tok
 
 def test_batch_invariant_and_in_the_same_memory():
     random_ = random.Random(11)
-    for regime in [*REGIMES] * 3:
+    for regime in [*REGIMES] * 2:
         options, lm, bos = random_case(random_, 3)
         options["terms"] = [fb.UID("variance", [0.1, 0.4, 2.0]), fb.UID("max", 0.3), *options["terms"]]
         whole, _ = run(fb.BeamSearch(finished=regime, **options), lm, bos)
