@@ -31,6 +31,7 @@ def run(search, rounds, scripts):
     """A search through ``scripts``, the last again and again; and how many steps it made."""
     state, made = search.init(2), 0
     for _ in rounds(state):
+        assert made <= len(scripts)
         logits, rest = scripts[min(made, len(scripts) - 1)]
         search.step(state, logits, **rest)
         made += 1
@@ -109,11 +110,15 @@ def test_decode_asks_late(ends, capture, monkeypatch):
 
 def test_rounds_in_and_out_of_inference_mode():
     search = fb.BeamSearch(2, 5)
-    state = search.init(1)
-    for number, _ in enumerate(late(state)):
-        with torch.inference_mode(number % 2 == 1):
-            search.step(state, torch.randn(1 if number == 0 else 2, V))
-    assert state.all_done()
+    state, made = search.init(1), 0
+    rounds = late(state)
+    while True:
+        with torch.inference_mode(made % 2 == 0):
+            if next(rounds, True):
+                break
+            search.step(state, torch.randn(2 if made else 1, V))
+        made += 1
+    assert made == 5
 
 
 @needs_gpu
