@@ -157,11 +157,9 @@ class State:
             for state in (self, other)
         )
         alike = mine.keys() == theirs.keys() and all(mine[path][1:] == theirs[path][1:] for path in mine)
-        limits = self.constraint is None or (self.min_lengths, self.max_lengths) == (
-            other.min_lengths,
-            other.max_lengths,
-        )
-        if not alike or not limits or self.vocab_size is None or self.vocab_size != other.vocab_size:
+        if self.constraint is not None:  # which has them in tensors of its own
+            alike &= (self.min_lengths, self.max_lengths) == (other.min_lengths, other.max_lengths)
+        if not alike or self.vocab_size is None or self.vocab_size != other.vocab_size:
             raise ValueError("other: expected a state of the same search and batch size after a step, got another")
         for path, (leaf, *_) in mine.items():
             leaf.copy_(theirs[path][0])
