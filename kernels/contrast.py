@@ -20,21 +20,9 @@ from torch import Tensor
 
 from .checks import check_candidates, check_dtype, check_rows, check_same_device, check_shape, check_tensor, contiguous
 from .filters import least_exponent
-from .keys import token_log_prob
 from .lse import FLAG_INF
 from .registration import register
-
-_BLOCK = 1 << 18  # logits at a time: 1 MB of float32 stays in cache
-
-
-def _log_probs(
-    logits: Tensor, lse: Tensor, temperature: Tensor | None, rows: Tensor, vocab_size: int
-) -> tuple[Tensor, Tensor]:
-    """Adjusted logits and log-probabilities ``[n, V]`` of ``rows``."""
-    adjusted = logits[rows, :vocab_size].float()
-    if temperature is not None:
-        adjusted /= temperature[rows, None]
-    return adjusted, token_log_prob(adjusted, lse[rows, None])
+from .row_blocks import adjusted_rows, row_blocks, row_log_probs
 
 
 def _contrast(
@@ -60,18 +48,23 @@ def _contrast(
     flags.zero_()
     read = torch.ones_like(lse, dtype=torch.bool) if active is None else active
     for i, amateur in enumerate(amateurs):
-        mine = (read if choice is None else read & (choice == i)).nonzero()[:, 0]
-        for rows in mine.split(max(1, _BLOCK // vocab_size)) if mine.numel() else ():
-            adjusted, e = _log_probs(expert, lse, temperature, rows, vocab_size)
-            head = (adjusted - top[rows, None] >= least) & (e > -torch.inf)
-            score = e
+        for rows in row_blocks(read if choice is None else read & (choice == i), vocab_size):
+            adjusted = adjusted_rows(expert, rows, vocab_size, temperature)
+            head = adjusted - top[rows, None] >= least  # which NaN is not
+            e = row_log_probs(adjusted, lse[rows, None])
             if weight != 0:
-                _, a = _log_probs(amateur, amateur_lse[:, i], amateur_temperature, rows, vocab_size)
-                lost = head & (a == -torch.inf)
-                flags[rows] = lost.any(1).int() * FLAG_INF
-                head &= a > -torch.inf  # which a NaN is not
-                score = e - a if weight is None else e + (e - a) * weight
-            y[rows] = score.masked_fill(~head, -torch.inf)
+                a = adjusted_rows(amateur, rows, vocab_size, amateur_temperature)
+                a = row_log_probs(a, amateur_lse[rows, i, None])
+                unknown = ~(a > -torch.inf)
+                lost = head & unknown
+                if bool(lost.any()):
+                    lost &= (e > -torch.inf) & ~a.isnan()
+                    flags[rows] = lost.any(1).int() * FLAG_INF
+                    head &= ~unknown
+                e = e - a if weight is None else (e - a).mul_(weight).add_(e)
+            y[rows] = e.masked_fill_(~head, -torch.inf)
+        if choice is None:
+            break
     return out
 
 

@@ -14,9 +14,8 @@ from torch import Tensor
 from .checks import check_candidates, check_dtype, check_rows, check_same_device, check_shape, check_tensor, contiguous
 from .exponential import exp, log
 from .registration import register
+from .row_blocks import adjusted_rows, row_blocks
 from .tiles import TILE, tiles_of
-
-_BLOCK = 1 << 18  # logits at a time: 1 MB of float32 stays in cache
 
 
 def _halve(x: Tensor) -> Tensor:
@@ -29,12 +28,11 @@ def _halve(x: Tensor) -> Tensor:
     return x[..., 0]
 
 
-def _log_probs(logits: Tensor, lse: Tensor, temperature: Tensor | None, rows: Tensor, vocab_size: int) -> Tensor:
-    adjusted = logits[rows, :vocab_size].float()
-    if temperature is not None:
-        adjusted /= temperature[rows, None]
-    adjusted = adjusted.masked_fill_(adjusted.isnan(), -torch.inf)
-    return adjusted.sub_(lse[rows, None]).clamp_(max=0.0)
+def _log_probs(
+    logits: Tensor, lse: Tensor, temperature: Tensor | None, rows: Tensor | slice, vocab_size: int
+) -> Tensor:
+    l = (adjusted_rows(logits, rows, vocab_size, temperature) - lse[rows, None]).clamp_(max=0.0)
+    return l.masked_fill_(l.isnan(), -torch.inf)
 
 
 def _divergence(
@@ -51,8 +49,7 @@ def _divergence(
     """The torch definition."""
     out = torch.zeros_like(lse)
     read = torch.ones_like(lse, dtype=torch.bool) if active is None else active
-    mine = read.nonzero()[:, 0]
-    for rows in mine.split(max(1, _BLOCK // vocab_size)) if mine.numel() else ():
+    for rows in row_blocks(read, vocab_size):
         lp = _log_probs(x, lse, temperature, rows, vocab_size)
         lq = _log_probs(other, other_lse, other_temperature, rows, vocab_size)
         p, q = exp(lp), exp(lq)

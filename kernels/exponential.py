@@ -30,7 +30,10 @@ def exp(x: Tensor) -> Tensor:
 
 def log(x: Tensor) -> Tensor:
     """``log(x)`` of float32 ``x``, contiguous, in memory of its own."""
-    work = x.new_empty(evenly_split(x.numel()))
+    size = evenly_split(x.numel())
+    if size == x.numel():
+        return x.log()
+    work = x.new_empty(size)
     found = work[: x.numel()].view(x.shape).copy_(x)
     work.log_()
     return found

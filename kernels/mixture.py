@@ -22,10 +22,8 @@ from torch import Tensor
 
 from .checks import check_candidates, check_dtype, check_rows, check_same_device, check_shape, check_tensor, contiguous
 from .exponential import exp, log
-from .keys import token_log_prob
 from .registration import register
-
-_BLOCK = 1 << 18  # logits at a time: 1 MB of float32 stays in cache
+from .row_blocks import adjusted_rows, row_blocks, row_log_probs
 
 
 class _Rows:
@@ -42,47 +40,60 @@ class _Rows:
         self.logits, self.lse, self.temperature, self.onehot = logits, lse, temperature, onehot
         self.vocab_size = vocab_size
 
-    def adjusted(self, i: int, rows: Tensor) -> Tensor:
-        """float32 ``[n, V]``, memory of its own."""
-        a = self.logits[i][rows, : self.vocab_size].float()
-        if self.temperature is not None:
-            a /= self.temperature[rows, i, None]
-        if self.onehot is not None:
-            at = self.onehot[rows, i, None]
-            tokens = torch.arange(self.vocab_size, device=a.device)
-            a = torch.where(at < 0, a, torch.where(tokens == at, 0.0, -torch.inf))
-        return a
+    def adjusted(self, i: int, rows: Tensor | slice) -> Tensor:
+        """float32 ``[n, V]``, not to be changed."""
+        temperature = None if self.temperature is None else self.temperature[:, i]
+        a = adjusted_rows(self.logits[i], rows, self.vocab_size, temperature)
+        if self.onehot is None:
+            return a
+        at = self.onehot[rows, i, None]
+        tokens = torch.arange(self.vocab_size, device=a.device)
+        return torch.where(at < 0, a, torch.where(tokens == at, 0.0, -torch.inf))
 
-    def lse_of(self, i: int, rows: Tensor) -> Tensor:
+    def lse_of(self, i: int, rows: Tensor | slice) -> Tensor:
         """float32 ``[n, 1]``."""
         assert self.lse is not None
         lse = self.lse[rows, i, None]
         return lse if self.onehot is None else lse.masked_fill(self.onehot[rows, i, None] >= 0, 0.0)
 
 
-def _log_of_sum(rows: _Rows, some: Tensor, weights: Tensor) -> Tensor:
+def _log_of_sum(rows: _Rows, some: Tensor | slice, weights: Tensor) -> Tensor:
     """The probability mixture of rows ``some [n]``, of which each has a positive one among its ``weights [n, M]``."""
     terms = []
-    for i, weight in enumerate(weights.clamp(min=0.0)[:, :, None].unbind(1)):
+    for i, weight in enumerate(weights[:, :, None].unbind(1)):
         if bool((weight > 0).any()):
             lse = rows.lse_of(i, some)
-            l = rows.adjusted(i, some).sub_(lse.masked_fill(lse == -torch.inf, 0.0))  # a row of -inf stays one
-            l = l.masked_fill_(lse == torch.inf, torch.inf).masked_fill_(weight == 0, -torch.inf)
+            l = rows.adjusted(i, some) - lse.masked_fill(lse == -torch.inf, 0.0)  # a row of -inf stays one
+            if not bool(lse.isfinite().all()):
+                l.masked_fill_(lse == torch.inf, torch.inf)
+            if bool((weight == 0).any()):
+                l.masked_fill_(weight == 0, -torch.inf)
             terms.append((l, weight))
     top = terms[0][0]
     for l, _ in terms[1:]:
         top = torch.maximum(top, l)
-    top = top.masked_fill(top.abs() == torch.inf, 0.0)  # -inf - -inf would be NaN
-    total = torch.zeros_like(top)
-    for l, weight in terms:
-        total += exp(l - top).mul_(weight)
+    if not bool(top.sum().isfinite()):
+        top = top.masked_fill(top.abs() == torch.inf, 0.0)  # -inf - -inf would be NaN
+    sums = [exp(l - top).mul_(weight) for l, weight in terms]
+    total = sums[0]
+    for more in sums[1:]:
+        total += more
     return log(total).add_(top)
 
 
-def _parts(which: Tensor, vocab_size: int) -> tuple[Tensor, ...]:
-    """The rows that are set in ``which [R]``, as many at a time as make a block."""
-    rows = which.nonzero()[:, 0]
-    return rows.split(max(1, _BLOCK // vocab_size)) if rows.numel() else ()
+def _sum_of_logs(rows: _Rows, some: Tensor | slice, weights: Tensor) -> Tensor:
+    """The log mixture of rows ``some [n]`` by ``weights [n, M]``."""
+    total = None
+    for i, weight in enumerate(weights[:, :, None].unbind(1)):
+        a = rows.adjusted(i, some)
+        if rows.lse is not None:
+            a = row_log_probs(a, rows.lse_of(i, some))
+        a = a * weight
+        if bool((weight == 0).any()):
+            a.masked_fill_(weight == 0, 0.0)  # 0 * -inf would be NaN
+        total = a if total is None else total.add_(a)
+    assert total is not None
+    return total
 
 
 def _mixture(
@@ -98,24 +109,17 @@ def _mixture(
     """The torch definition."""
     out: Tensor = _fake(logits, weights, lse, temperature, onehot, active, vocab_size, loglinear)
     rows = _Rows(logits, lse, temperature, onehot, vocab_size)
+    weights = torch.where(weights > 0, weights, 0.0)
     positive = weights > 0
     read = torch.ones_like(positive[:, 0]) if active is None else active
     out[read & ~positive.any(1)] = -torch.inf
     alone = torch.zeros_like(read) if loglinear else positive.sum(1) == 1
     for i in range(len(logits)):
-        for some in _parts(read & alone & positive[:, i], vocab_size):
+        for some in row_blocks(read & alone & positive[:, i], vocab_size):
             out[some] = rows.adjusted(i, some)
-    for some in _parts(read & ~alone & positive.any(1), vocab_size):
-        if not loglinear:
-            out[some] = _log_of_sum(rows, some, weights[some])
-            continue
-        total = torch.zeros(some.shape[0], vocab_size, device=out.device)
-        for i, weight in enumerate(weights[some].unbind(1)):
-            a = rows.adjusted(i, some)
-            if lse is not None:
-                a = token_log_prob(a, rows.lse_of(i, some))
-            total += torch.where((weight > 0)[:, None], a * weight[:, None], 0.0)
-        out[some] = total
+    combine = _sum_of_logs if loglinear else _log_of_sum
+    for some in row_blocks(read & ~alone & positive.any(1), vocab_size):
+        out[some] = combine(rows, some, weights[some])
     return out
 
 

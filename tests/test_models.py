@@ -406,6 +406,24 @@ def test_every_selection_searches_the_combined_rows(rule):
     assert hyps.valid.all() and int(state.flags.sum()) == 0
 
 
+@pytest.mark.parametrize("rule", [fb.TopK(), fb.DiverseGroups(2, 0.5)], ids=repr)
+def test_one_row_or_k_rows_per_request_at_first(rule):
+    search = fb.BeamSearch(4, 5, EOS, selection=rule, models=fb.Switch())
+    narrow, wide = search.init(2), search.init(2)
+    x, y, gate = torch.randn(2, 30), torch.randn(2, 30), torch.tensor([0.3, 1.0])
+    one = search.step(narrow, (x, y), gate=gate)
+    junk = torch.full((2, 4, 30), NAN)
+    junk[:, 0] = x
+    other = search.step(wide, (junk, y[:, None].expand(2, 4, 30)), gate=gate[:, None].repeat(1, 4))
+    assert torch.equal(one.tokens, other.tokens) and torch.equal(narrow.log_probs, wide.log_probs)
+    assert one.source_rows.tolist() == [0] * 4 + [1] * 4 and other.source_rows.tolist() == [0] * 4 + [4] * 4
+    for given in (gate, gate.repeat_interleave(4)):  # per request, and per row
+        rows = (torch.arange(240.0).view(8, 30) % 7, torch.arange(240.0).view(8, 30) % 5)
+        assert torch.equal(
+            search.step(narrow.clone(), rows, gate=given).tokens, search.step(wide.clone(), rows, gate=gate).tokens
+        )
+
+
 def test_hard_switch_with_greedy_model():
     """Where the gate is set the one candidate is the critical model's best token, at its own log-probability or 0."""
     pair = Pair(vocab=9)

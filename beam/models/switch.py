@@ -102,7 +102,7 @@ class Switch:
         row = torch.arange(token.shape[0], device=token.device)
         bits = mark_bits(row, token, there, token.shape[0], given.vocab_size)
         bits = torch.where(decides[:, None], bits, torch.full_like(bits, -1))
-        return Combined(mixed(given, weights, temperature), flags=picked.flags, bitmask=bits)
+        return Combined(mixed(given, weights, temperature), bitmask=bits)
 
     def _pick(self, given: Given, weights: Tensor, temperature: Tensor | None) -> _Picked:
         """The models' best tokens, ``vocab_size`` where none may follow."""
