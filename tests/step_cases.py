@@ -3,8 +3,27 @@
 import torch
 
 import flashbeam as fb
+from flashbeam.kernels import pack_bitmask
 
 V = 60
+
+
+class NotAgain:
+    """A constraint of one's own: no token twice in a row, and the last is even."""
+
+    def init(self, batch_size, beam_size, vocab_size, device):
+        self.tokens = torch.arange(vocab_size, device=device)
+        return {"last": torch.full((batch_size * beam_size,), -1, device=device)}
+
+    def advance(self, state, tokens):
+        return {"last": tokens}
+
+    def bitmask(self, state):
+        return pack_bitmask(self.tokens != state["last"][:, None])
+
+    def accepts(self, state):
+        return state["last"] % 2 == 0
+
 
 RULES = {
     "topk": fb.TopK(),
@@ -28,6 +47,7 @@ CONSTRAINTS = {
     "penalty": lambda: fb.RepetitionPenalty(1.3),
     "veto": lambda: fb.SuffixVeto([3, 4, 5, 6, 7, 8], 2),
     "copy": lambda: fb.Copy([3, 4, 5, 6, 7, 8, 9], monotone=False, min_span=2),
+    "own": lambda: [NotAgain(), None],
     "all of": lambda: fb.AllOf(fb.Trie([[3, 4, 5, 8], [6, 3]]), fb.NoRepeatNgram(1), fb.RepetitionPenalty(1.1)),
 }
 MANY = {"eos_id": [1, 2], "min_length": 2, "temperature": [0.5, 2.0], "normalize": "allowed", "max_length": [7, 4]}

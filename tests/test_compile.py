@@ -17,6 +17,7 @@ def all_of(*names):
 # what a case of step_cases is given besides
 MORE = {
     **{name: {} for name in CASES if name.endswith("many")},
+    "own, pool": {},
     "trie, pool": {"budget": fb.Budget(tokens=9)},
     "phrases, pool": {"constraint": lambda: all_of("phrases", "veto")},
     "ngram, stochastic": {
