@@ -490,7 +490,7 @@ def test_lattice_view_draws_the_search_and_writes_it(lm: tuple[CodeLM, Tokenizer
             assert said and [float(number) for number in said.groups()] == pytest.approx(
                 [ending.log_prob] * 2, abs=0.02
             )
-        assert f"{len(nodes['parent']) - 1} tokens tried" in part
+        assert f"{len(nodes['parent']) - 1} nodes" in part
         assert len(found[request]["statistics"]["width"]) == found[request]["steps"]
 
 

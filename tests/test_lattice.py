@@ -44,10 +44,16 @@ def check_tree(tree):
     assert (tree.step[1:] == tree.step[tree.parent[1:]] + 1).all()
     assert tree.edges.shape == (n - 1, 2)
     sums = np.zeros(n, np.float32)
-    best = [[] for _ in range(n)]
+    best, rank = [[] for _ in range(n)], np.where(tree.rank > 0, tree.rank, 10**6)
     for node in range(1, n):
         sums[node] = sums[tree.parent[node]] + tree.token_log_prob[node]
         best[tree.parent[node]].append(tree.status[node])
+    for node in range(n - 1, 0, -1):
+        rank[tree.parent[node]] = min(rank[tree.parent[node]], rank[node])
+    for node, children in enumerate(tree.children()):
+        assert sorted(children) == np.flatnonzero(tree.parent == node).tolist()
+        order = [(-tree.status[child], rank[child]) for child in children]
+        assert order == sorted(order)  # those that lead to the best first
     assert (tree.log_prob == sums).all()  # float32, in the order of the steps: the search's own bits
     assert all(tree.status[node] == max(below) for node, below in enumerate(best) if below)
     leaves = tree.leaves.tolist()
@@ -119,6 +125,7 @@ def test_holds_what_a_search_that_records_everything_has_tried(in_place, stoppin
             assert dropped <= want.finished - set(want.n_best) and not (statistics and dropped)
             assert set(found) - {()} == set(want.log_probs) - dropped
             assert all(found[path] == pytest.approx(want.log_probs[path], abs=1e-4) for path in found if path)
+            np.testing.assert_allclose(tree.score[1:], tree.log_prob[1:] / tree.lengths[1:], rtol=1e-6)
             assert (tree.request, tree.steps, tree.beam_size, tree.done) == (b, len(want.steps), K, True)
             statuses = leaf_status(tree)
             seen["dropped"] += len(dropped)
@@ -173,7 +180,7 @@ def test_of_a_search_under_way_and_of_some_of_its_requests():
     search = fb.BeamSearch(3, 8, EOS[0])
     state = search.init(2)
     assert [len(tree) for tree in fb.lattice(state)] == [1, 1]
-    assert "0 steps so far" in fb.lattice(state).text()
+    assert "0 steps, 0 nodes so far" in fb.lattice(state).text()
     ET.fromstring(fb.lattice(state).svg())
     state, _ = run(search, model, steps=3)
     before = state.clone()
@@ -221,7 +228,7 @@ def test_text_of_a_search_worked_by_hand():
     names = ["zero", "end", "two", "three"]
     text = fb.lattice(state).text(lambda tokens: " ".join(names[token] for token in tokens))
     assert text == (
-        "request 0: 2 beams, 2 steps, 4 tokens tried: 2 n-best\n"
+        "request 0: 2 beams, 2 steps, 4 nodes: 2 n-best\n"
         "  rank    score  log-prob\n"
         "                           ●\n"
         "     1    -0.47     -0.47  ├─ two end ■\n"
@@ -293,7 +300,11 @@ def test_nodes_do_not_meet_and_a_picture_is_about_as_high_as_the_beam_is_wide():
     layout = lay_out(tree)
     places = list(zip(layout.row, tree.lengths.tolist(), strict=True))
     assert len(set(places)) == len(tree) == len(layout.row)
-    assert all(layout.row[node] >= layout.row[tree.parent[node]] for node in range(1, len(tree)))
+    for node in range(1, len(tree)):
+        above = tree.parent[node]
+        assert layout.row[node] >= layout.row[above]
+        # the line to a node in another row has room there
+        assert layout.row[node] == layout.row[above] or (layout.row[node], tree.lengths[above]) not in places
     assert layout.rows == max(layout.row) + 1 <= 3 * 8 and layout.columns == 41
     for children in tree.children():  # one goes straight on, the best
         assert [layout.row[child] == layout.row[tree.parent[child]] for child in children] == [

@@ -104,7 +104,7 @@ SEARCHES = {
     "sample": {"selection": fb.Sample(3, top_k=6)},
     "poisson": {"selection": fb.ConditionalPoisson(3)},
     "arithmetic": {"selection": fb.Arithmetic(3)},
-    "width": {"selection": fb.DynamicWidth(0.8)},
+    "width": {"selection": fb.DynamicWidth(0.4)},
     "trie": {"constraint": fb.Trie([[1, 3], [3, 4, 5], [6, 7, 8], [1, 9]]), "normalize": "allowed", "eos_id": 2},
     "phrases": {"constraint": fb.Phrases([[3, 4], [6]])},
     "exact, per request": {"stopping": fb.Exact(), "beam_size": [2, 4, 3], "temperature": [1.0, 0.7, 1.5]},

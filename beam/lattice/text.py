@@ -29,15 +29,16 @@ def draw(tree: Tree, decode: Decode | None, width: int) -> Iterator[str]:
 
 def summary(tree: Tree) -> str:
     """One line that says what a request's search has done."""
-    counts = [int((tree.status[tree.leaves] == status).sum()) for status in reversed(Status)]
-    ended = ", ".join(
-        f"{count} {status.label}{'s' if status == Status.DEAD_END and count > 1 else ''}"
-        for status, count in zip(reversed(Status), counts, strict=True)
-        if count
-    )
-    beams = f"{tree.beam_size} beam{'s' if tree.beam_size > 1 else ''}"
-    steps = f"{tree.steps} step{'' if tree.steps == 1 else 's'}{'' if tree.done else ' so far'}"
-    return f"request {tree.request}: {beams}, {steps}, {len(tree) - 1} tokens tried" + (f": {ended}" if ended else "")
+    statuses = tree.status[tree.leaves].tolist()
+    ended = [(statuses.count(status), status.label) for status in reversed(Status)]
+    said = ", ".join(_counted(count, label, plural=label == "dead end") for count, label in ended if count)
+    parts = (_counted(tree.beam_size, "beam"), _counted(tree.steps, "step"), _counted(len(tree) - 1, "node"))
+    so_far = "" if tree.done else " so far"
+    return f"request {tree.request}: {', '.join(parts)}{so_far}" + (f": {said}" if said else "")
+
+
+def _counted(count: int, name: str, plural: bool = True) -> str:
+    return f"{count} {name}{'s' if plural and count != 1 else ''}"
 
 
 class _Line(NamedTuple):
