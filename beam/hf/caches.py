@@ -117,15 +117,20 @@ def _gather(model: Any, cache: Any, rows: Tensor, cross: bool, beams: int | None
 
 
 def _gather_layer(layer: Any, rows: Tensor, beams: int | None) -> None:
-    static = type(layer).__name__ in ("StaticLayer", "StaticSlidingWindowLayer")  # keys and values are all it holds
-    if static and beams is not None and layer.is_initialized and layer.keys.device == rows.device:
+    if (
+        beams is not None
+        and type(layer).__name__ in ("StaticLayer", "StaticSlidingWindowLayer")  # keys and values are all it holds
+        and layer.is_initialized
+        and layer.keys.device == rows.device
+    ):
         for tensor in (layer.keys, layer.values):  # where it is: its address may be known to a captured graph
             reorder_rows(tensor, rows, out=tensor, group_size=beams)
         return
     layer.reorder_cache(rows)
-    for name in ("batch_size", "max_batch_size"):
-        if isinstance(vars(layer).get(name), int):
-            setattr(layer, name, rows.shape[0])
+    if beams is None:  # fanned out
+        for name in ("batch_size", "max_batch_size"):
+            if isinstance(vars(layer).get(name), int):
+                setattr(layer, name, rows.shape[0])
 
 
 def _tensors(node: Any, path: str, depth: int) -> Iterator[tuple[str, Tensor]]:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .caches import cache_name, check_cache, check_modules, fan_out, follow, states_of_modules
 from .rows import repeated
+from .stepping import advance, can_advance
 
 
 class Decoder:
@@ -46,6 +47,7 @@ class Decoder:
         prepare = GenerationMixin.prepare_inputs_for_generation
         self.cached = model_kwargs.get("use_cache") is not False
         self.options: dict[str, Any] = {}
+        self.inputs: dict[str, Any] | None = None  # of the last step, if the next ones follow from them
         if self.cached and "next_sequence_length" in inspect.signature(prepare).parameters:
             self.options["next_sequence_length"] = 1
         # a model's own method may look at the tokens that are in the cache
@@ -81,7 +83,14 @@ class Decoder:
             elif name is not None:
                 self.model_kwargs[name] = fan_out(self.model, cache, source_rows, self.input_ids.shape[0])
             self.fanned_out = True
+        if self.inputs is not None:
+            advance(self.model, self.inputs, tokens)
+            outputs = self.model(**self.inputs, return_dict=True)
+            logits: Tensor = outputs.logits[:, -1]
+            return logits, outputs
         inputs = self.model.prepare_inputs_for_generation(tokens, **self.options, **self.model_kwargs)
+        if not self.whole and can_advance(self.model, inputs):
+            self.inputs = inputs
         return self._consumed(self.model(**inputs, return_dict=True), self.model_kwargs)
 
     def _consumed(self, outputs: Any, model_kwargs: dict[str, Any]) -> tuple[Tensor, Any]:

@@ -7,6 +7,8 @@ that are not finite) is left to ``top_candidates``.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -19,10 +21,46 @@ _BLOCK = 1 << 19  # logits that are read at a time: they and what is made of the
 
 
 class Quick:
-    """Finds candidates of one search after the other; keeps a buffer."""
+    """Finds candidates of one search, step after step, where finished hypotheses go to a pool."""
 
     def __init__(self) -> None:
-        self.buffer: Tensor | None = None
+        self.buffer: Tensor | None = None  # for log-probabilities of some rows
+        self.members: Tensor | None = None  # int64 [32], places of a group's members behind its first
+
+    def find(self, expansion: Expansion, k: int) -> Candidates | None:
+        """The ``k`` best candidates that are not EOS, or ``None`` where this is not the way to find them."""
+        logits = expansion.logits
+        plain = expansion.bitmask is None and expansion.temperature is None and expansion.divisor is None
+        plain = plain and expansion.listed is None and expansion.vocab_size == logits.shape[1]
+        if not plain or logits.device.type != "cpu" or logits.shape[1] < _SIZE:
+            return None
+        logits = logits.float()
+        groups, lse = self._read(logits)
+        if not math.isfinite(float(lse.sum())):
+            return None
+        # rows that are not active have log-probability -inf, or are of requests that are done
+        before = expansion.slots.log_probs[:, : expansion.parents].reshape(-1)
+        batch, parents = before.shape[0] // expansion.parents, expansion.parents
+        scores = _continued(before[:, None], groups, lse[:, None])
+        ends = [] if expansion.eos is None else expansion.eos.tolist()
+        # a group whose maximum is EOS may have no candidate
+        count = min(k + 1 + parents * len(ends), parents * groups.shape[1])
+        place = scores.view(batch, -1).topk(count, sorted=False).indices  # [B, n]
+        parent, column = place // groups.shape[1], place % groups.shape[1]
+        row = parent if batch == 1 else parent + torch.arange(0, batch * parents, parents)[:, None]
+        token, barred = self._tokens(column, logits.shape[1])
+        for eos in ends:
+            barred = token == eos if barred is None else barred | (token == eos)
+        x = logits[row[:, :, None], token]  # [B, n, 32]
+        scores = _continued(before[row][:, :, None], x, lse[row][:, :, None])
+        scores = (scores if barred is None else scores.masked_fill_(barred, -torch.inf)).flatten(1)
+        best, place = scores.topk(min(k + 1, scores.shape[1]))
+        if best.shape[1] <= k or bool((best[:, 1:] == best[:, :-1]).any()):  # ties, or not as many
+            return None
+        place, found = place[:, :k], best[:, :k]
+        token, adjusted = token.flatten(1).gather(1, place), x.flatten(1).gather(1, place)
+        flags = torch.zeros(lse.shape, dtype=torch.int32)
+        return Candidates(found, parent.gather(1, place // _SIZE), token, adjusted, lse, flags, found)
 
     def _read(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """Maxima of groups ``[R, G]`` and the log-sum-exp ``[R]`` of logits ``[R, V]``, some rows at a time."""
@@ -37,52 +75,24 @@ class Quick:
             greatest.append(torch.ops.aten._log_softmax.out(x, -1, False, out=out).amax(1))
             # group c: tokens c, c + width, ...; what is left over, as groups of one
             torch.amax(x[:, : width * _SIZE].unflatten(1, (_SIZE, width)), 1, out=found[:, :width])
-            found[:, width:] = x[:, width * _SIZE :]
+            if vocab % _SIZE:
+                found[:, width:] = x[:, width * _SIZE :]
         # the greatest of a row has the log-probability that tells its log-sum-exp
-        return groups, groups.amax(1) - torch.cat(greatest)
+        return groups, groups.amax(1).sub_(greatest[0] if len(greatest) == 1 else torch.cat(greatest))
 
-    def find(self, expansion: Expansion, k: int) -> Candidates | None:
-        """The ``k`` best candidates that are not EOS, or ``None`` where this is not the way to find them."""
-        logits = expansion.logits
-        plain = expansion.bitmask is None and expansion.temperature is None and expansion.divisor is None
-        plain = plain and expansion.listed is None and expansion.vocab_size == logits.shape[1]
-        if not plain or logits.device.type != "cpu" or logits.shape[1] < _SIZE:
-            return None
-        logits = logits.float()
-        rows, width, parents = logits.shape[0], logits.shape[1] // _SIZE, expansion.parents
-        batch, active = rows // parents, expansion.active
-        groups, lse = self._read(logits)
-        if not bool((lse.isfinite() | ~active).all()):
-            return None
-        before = expansion.slots.log_probs[:, :parents].reshape(-1)
-        scores = _plus(before[:, None], groups, lse[:, None]).masked_fill_(~active[:, None], -torch.inf)
-        ends = 0 if expansion.eos is None else expansion.eos.shape[0]
-        # a group whose maximum is EOS may have no candidate
-        count = min(k + 1 + parents * ends, parents * groups.shape[1])
-        place = scores.view(batch, -1).topk(count, sorted=False).indices  # [B, n]
-        parent, column = place // groups.shape[1], place % groups.shape[1]
-        row = parent + torch.arange(0, rows, parents)[:, None]
-
-        whole = (column < width)[:, :, None]
-        members = torch.arange(0, width * _SIZE, width)
-        token = torch.where(whole, column[:, :, None] + members, (column + width * (_SIZE - 1))[:, :, None])
-        single = ~whole & (members > 0)
-        x = logits[row[:, :, None], token]  # [B, n, 32]
-        if expansion.eos is not None:
-            single = single | torch.isin(token, expansion.eos)
-        start, norm = (
-            field[row].masked_fill(~active[row], empty) for field, empty in ((before, -torch.inf), (lse, 0.0))
-        )
-        scores = _plus(start[:, :, None], x, norm[:, :, None]).masked_fill_(single, -torch.inf).flatten(1)
-        best, place = scores.topk(min(k + 1, scores.shape[1]))
-        if best.shape[1] <= k or bool((best[:, 1:] == best[:, :-1]).any()) or bool((best[:, -1] == -torch.inf).any()):
-            return None
-        place, found = place[:, :k], best[:, :k]
-        parent = parent.gather(1, place // _SIZE)
-        token, adjusted = token.flatten(1).gather(1, place), x.flatten(1).gather(1, place)
-        return Candidates(found, parent, token, adjusted, lse, torch.zeros(rows, dtype=torch.int32), found)
+    def _tokens(self, column: Tensor, vocab: int) -> tuple[Tensor, Tensor | None]:
+        """The tokens ``[B, n, 32]`` of groups ``column [B, n]``, and which of these are none."""
+        width = vocab // _SIZE
+        if self.members is None:
+            self.members = torch.arange(0, width * _SIZE, width)
+        token = column[:, :, None] + self.members
+        if vocab % _SIZE == 0:
+            return token, None
+        single = (column >= width)[:, :, None]
+        token = torch.where(single, (column + width * (_SIZE - 1))[:, :, None], token)
+        return token, single & (self.members > 0)
 
 
-def _plus(before: Tensor, logits: Tensor, lse: Tensor) -> Tensor:
+def _continued(before: Tensor, logits: Tensor, lse: Tensor) -> Tensor:
     """Log-probabilities of candidates that continue ``before``."""
     return (logits - lse).clamp_(max=0.0).add_(before)
