@@ -139,6 +139,8 @@ def test_weights_of_requests_and_of_rows():
         extras=lambda _: {"weights": torch.tensor(weights)},
     )
     same(given, hyps)
+    exact = [[0.25, 0.75], [1.0, 0.0]]
+    assert fb.Mixture(torch.tensor(exact)) == fb.Mixture(np.array(exact)) == fb.Mixture(exact)
 
     def weight(prefix):
         return (prefix[-1] + 1) / 10
@@ -230,8 +232,9 @@ def test_every_row_takes_the_layer_that_diverges_most(divergence):
         chosen.append((int(np.argmax(apart)), int(np.argmax([jensen_shannon(e, a) for a in candidates]))))
         return chosen[-1][0]
 
-    want = contrast_leaves(layers, weight=None, alpha=0.1, choose=choose)
-    hyps, _ = run(fb.BeamSearch(220, **WIDE, models=fb.Contrast(divergence=divergence)), layers)
+    want = contrast_leaves(layers, weight=None, alpha=0.1, expert_t=1.3, amateur_t=0.5, choose=choose)
+    models = fb.Contrast(amateur_temperature=0.5, divergence=divergence)
+    hyps, _ = run(fb.BeamSearch(220, **WIDE, models=models, temperature=1.3), layers)
     check_contrast(hyps, want)
     ours, true = zip(*chosen, strict=True)
     assert len(set(ours)) == 3 and (ours != true) == (divergence == "dola")
@@ -580,6 +583,10 @@ X = torch.zeros(1, 9)
     [
         (lambda: fb.Mixture([0.5, 0.4]), "weights: expected numbers with a sum of 1, got 0.9"),
         (lambda: fb.Mixture([[0.5, 0.5], [1.0]]), r"weights\[1\]: expected 2 numbers, as weights\[0\] has, got 1"),
+        (
+            lambda: fb.Mixture(torch.ones(1, device="meta")),
+            "weights: expected a list or a CPU tensor, got a tensor on meta",
+        ),
         (lambda: fb.Mixture([-1, 2]), r"weights\[0\]: expected a number from 0 to 1e37, got -1"),
         (lambda: fb.Mixture([0, 0], "log"), "weights: expected a weight above 0"),
         (lambda: fb.Mixture(0.5), "weights: expected a list of numbers, or one such list per request, got 0.5"),
