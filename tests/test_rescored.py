@@ -31,7 +31,7 @@ class By(fb.TopK):
 def in_order(expansion, increments, allowed):
     """Candidates that are not EOS of each request: (score, parent, adjusted logit, token), best first."""
     batch, parents = expansion.slots.scores.shape[0], expansion.parents
-    logits = expansion.logits.float().nan_to_num(nan=-torch.inf)
+    logits = expansion.logits.float().nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
     if expansion.temperature is not None:
         logits = logits / expansion.temperature[:, None]
     found = []
@@ -42,6 +42,7 @@ def in_order(expansion, increments, allowed):
             row = b * parents + parent
             score = (expansion.slots.scores[b, parent] + increments[row, token]).numpy()
             there = expansion.active[row] and allowed[row, token] and token not in EOS
+            there = there and logits[row, : expansion.vocab_size].max() < torch.inf
             if there and score > -np.inf and logits[row, token] > -np.inf:
                 candidates.append((-score / norm, parent, -float(logits[row, token]) + 0.0, token))
         found.append(sorted(candidates))
@@ -51,15 +52,19 @@ def in_order(expansion, increments, allowed):
 @pytest.mark.parametrize("regime", ["pool", "in_place"])
 def test_against_every_candidate_ranked(regime):
     generator = torch.Generator().manual_seed(3)
-    # ties by score, ties by score and logit, fewer candidates than beams, half precision, a padded vocabulary
+    # ties by score, by score and logit, by rank alone; fewer candidates than beams, half precision, padded vocabularies
     for coarse, vocab, dtype, columns in [
         (0.5, 9, torch.float32, 9), (4.0, 70, torch.float32, 77), (0.0, 5, torch.float32, 5),
         (1.0, 100, torch.bfloat16, 100), (0.0, 40, torch.float16, 41), (100.0, 150, torch.float32, 150),
+        ("ulps", 30, torch.float32, 30),
     ]:  # fmt: skip
 
         def increments(expansion, coarse=coarse, vocab=vocab):
             x = torch.randn(expansion.logits.shape[0], vocab, generator=generator) * 3 + 1
-            x = (x / coarse).round() * coarse if coarse else x
+            if coarse == "ulps":  # ties once they are divided by a norm
+                x = -4.0 - torch.randint(8, x.shape, generator=generator) * 2.0**-21
+            elif coarse:
+                x = (x / coarse).round() * coarse
             return x.masked_fill(torch.rand(x.shape, generator=generator) < 0.1, -torch.inf)
 
         rule = By(increments)
@@ -69,7 +74,9 @@ def test_against_every_candidate_ranked(regime):
         state = search.init(2)
         for rows in (2, 12, 12):
             logits = torch.randn(rows, columns, generator=generator).mul(2).round().div(2)
-            logits[0, :3], logits[-1, 2] = -torch.inf, torch.nan
+            logits[0, :3] = -torch.inf
+            if rows > 2:  # of beams in use
+                logits[8, 2], logits[7, 3] = torch.nan, torch.inf
             mask = torch.rand(rows, columns, generator=generator) < 0.8
             search.step(state, logits.to(dtype), pack_bitmask(mask))
             expansion, given, ranked = rule.last

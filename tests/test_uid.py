@@ -98,8 +98,8 @@ def test_narrow_beams_keep_the_best_by_score(kind):
     """Against a search that scores every token of every beam from scratch: the best need not be the most probable."""
     decided = 0
     for seed in range(6):
-        strength, alpha, beams = [0.5, 2.0][seed % 2], [0.0, 1.0, 0.5][seed % 3], [1, 2, 3][seed % 3]
-        lm = TableLM(12, seed)
+        strength, alpha, beams = [1.0, 9.0][seed % 2], [0.0, 1.0, 0.5][seed % 3], [1, 2, 3][seed % 3]
+        lm = TableLM(12, seed, scale=0.7)
         terms = [oracle.uid(kind, strength), oracle.word_reward(0.3, [2, 5])][: 1 + seed // 3]
         want, gap = oracle.naive_search(lm.logits, 4, terms, beams=beams, longest=4, eos=EOS, alpha=alpha)
         given = [fb.UID(kind, strength), fb.WordReward(0.3, [2, 5])][: 1 + seed // 3]
@@ -130,6 +130,18 @@ def test_no_strength_changes_no_bit(kind, regime):
         termed, _ = run(fb.BeamSearch([5, 3], 6, [EOS, 7], **options, terms=fb.UID(kind, 0)), model, [2, 6], bitmask)
         assert_same(plain, termed)
         assert torch.equal(plain.exact, termed.exact)
+
+
+def test_however_strong_a_term_what_can_follow_can_be_chosen():
+    """Infinite penalties would leave a beam empty; infinite surprisals at strength 0 are no numbers."""
+    logits = torch.tensor([[0.0, -1000.0, 2.0, -torch.inf, 1.0]])
+    for kind, strength in itertools.product(KINDS, [1e36, 0.0]):
+        search = fb.BeamSearch(4, 3, terms=fb.UID(kind, strength), length_penalty=0)
+        state = search.init(1)
+        search.step(state, logits)
+        search.step(state, logits.expand(4, -1))
+        hyps = search.finalize(state)
+        assert hyps.valid.all() and (hyps.tokens != 3).all() and hyps.scores.isfinite().all()
 
 
 @pytest.mark.parametrize("regime", REGIMES)
