@@ -133,15 +133,15 @@ def test_no_strength_changes_no_bit(kind, regime):
 
 
 def test_however_strong_a_term_what_can_follow_can_be_chosen():
-    """Infinite penalties would leave a beam empty; infinite surprisals at strength 0 are no numbers."""
-    logits = torch.tensor([[0.0, -1000.0, 2.0, -torch.inf, 1.0]])
-    for kind, strength in itertools.product(KINDS, [1e36, 0.0]):
-        search = fb.BeamSearch(4, 3, terms=fb.UID(kind, strength), length_penalty=0)
+    """An infinite penalty would rank with what does not exist, and an infinite surprisal at strength 0 is no number."""
+    logits = torch.tensor([[2.0, -1000.0, -torch.inf, -1000.5]])
+    for kind, strength in itertools.product(KINDS, [9e36, 0.0]):
+        search = fb.BeamSearch(9, 2, terms=fb.UID(kind, strength), length_penalty=0)
         state = search.init(1)
         search.step(state, logits)
-        search.step(state, logits.expand(4, -1))
+        search.step(state, logits.expand(9, -1))
         hyps = search.finalize(state)
-        assert hyps.valid.all() and (hyps.tokens != 3).all() and hyps.scores.isfinite().all()
+        assert hyps.valid.all() and (hyps.tokens != 2).all() and hyps.scores.isfinite().all()
 
 
 @pytest.mark.parametrize("regime", REGIMES)
