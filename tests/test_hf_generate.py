@@ -1,6 +1,8 @@
 """``generate`` with and without flashbeam: the same sequences and scores."""
 
 import functools
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -244,3 +246,16 @@ REFUSED = {
 def test_refuses(message: str) -> None:
     with pytest.raises(ValueError, match=message):
         generate(shared("llama"), inputs("llama"), True, **REFUSED[message])
+
+
+def test_bench_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "bench")
+    import run_hf
+
+    shape = next(iter(run_hf.TINY))
+    result = run_hf.measure(shape, 2, time.process_time)
+    assert result["steps"] <= shape.steps
+    facts = {name: 1 for name in ("device", "cores", "threads", "torch", "date", "load_average", "modified")}
+    document = {"provenance": {**facts, "commit": None}, "transformers": "", "rounds": 2, "clock": ""}
+    run_hf.report({**document, "steps": [result], "targets": [None], "whole": [result]})
+    assert "decode logic" in capsys.readouterr().out

@@ -97,6 +97,32 @@ def test_quantized_caches() -> None:
     assert torch.equal(theirs, lm.generate(**given, **options, custom_generate=hf.generate))
 
 
+def test_prompts_continue_a_cache() -> None:
+    lm, given = shared("llama"), {"input_ids": torch.tensor([[7, 8, 9, 10], [4, 4, 5, 6]])}
+    ids = given["input_ids"]
+    options = {"num_beams": 4, "max_new_tokens": 8, "num_return_sequences": 4, "do_sample": False}
+    expected = lm.generate(ids, **options)
+    search = fb.BeamSearch(4, 8, EOS, pad_id=PAD, stopping=fb.BestLive())
+    for rows in (1, 4):
+        cache = DynamicCache(config=lm.config)
+        with torch.no_grad():
+            lm(ids[:, :2].repeat_interleave(rows, 0), **{CACHE: cache})
+        if rows == 1:
+            hyps = hf.beam_search(lm, given, search, **{CACHE: cache})
+            assert torch.equal(hyps.tokens.flatten(0, 1)[:, : expected.shape[1] - 4], expected[:, 4:])
+        else:  # transformers asks for rows of the beams
+            found = lm.generate(ids, **options, **{CACHE: cache}, custom_generate=hf.generate)
+            assert torch.equal(found, expected)
+
+
+def test_caches_made_for_other_rows() -> None:
+    lm, given = shared("llama"), inputs("llama")
+    options = {"num_beams": 4, "max_new_tokens": 8, "num_return_sequences": 4, "do_sample": False, **STATIC}
+    options["prefill_chunk_size"] = 2  # then caches are made before the prompt is run
+    expected = lm.generate(**given, **options)
+    assert torch.equal(lm.generate(**given, **options, custom_generate=hf.generate), expected)
+
+
 @pytest.mark.parametrize("name", ["llama", "bart"])
 def test_padding_changes_nothing(name: str) -> None:
     lm, given = shared(name), inputs(name)

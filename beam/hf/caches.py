@@ -27,6 +27,29 @@ def cache_name(model_kwargs: dict[str, Any]) -> str | None:
     return next((name for name in NAMES if model_kwargs.get(name) is not None), None)
 
 
+def _layers(cache: Any) -> list[Any]:
+    parts = [getattr(cache, name, None) for name in ("self_attention_cache", "cross_attention_cache")]
+    return [layer for part in (cache, *parts) for layer in getattr(part, "layers", ())]
+
+
+def rows_held(cache: Any) -> int | None:
+    """Rows of a cache that a prompt is to continue; ``None`` if it holds no token."""
+    for layer in _layers(cache):
+        keys = getattr(layer, "keys", None)
+        if isinstance(keys, Tensor) and keys.dim() > 1 and int(layer.get_seq_length()) > 0:
+            return keys.shape[0]
+    return None
+
+
+def make_room(cache: Any, rows: int) -> None:
+    """Let the layers of a cache without tokens begin anew, if they were made for other than ``rows``."""
+    for layer in _layers(cache):
+        keys = getattr(layer, "keys", None)
+        if isinstance(keys, Tensor) and keys.dim() > 1 and keys.shape[0] != rows:
+            layer.keys = layer.values = None
+            layer.is_initialized = False
+
+
 def check_cache(model: Any, cache: Any) -> None:
     """Refuse a cache that is known not to follow its beams.
 

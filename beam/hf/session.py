@@ -10,6 +10,7 @@ from torch import Tensor
 from ..hypotheses import Hypotheses
 from ..search import BeamSearch
 from ..state import State
+from .caches import cache_name, make_room, rows_held
 from .decoder import Decoder
 from .loop import Hooks, Loop
 from .outputs import Recorder
@@ -75,7 +76,11 @@ def decode(
     encoder = kwargs.get("encoder_outputs")
     if encoder is not None:
         kwargs["encoder_outputs"] = type(encoder)(**encoder)  # the user's own, perhaps
-    repeated = repeats > 1 and not unrepeated(model, input_ids, kwargs, repeats)
+    name = cache_name(kwargs)
+    held = None if name is None else rows_held(kwargs[name])
+    repeated = repeats > 1 and (
+        held == input_ids.shape[0] or not unrepeated(model, input_ids, kwargs, repeats)  # its own rows for the beams
+    )
     if repeated and repeats != beams:
         raise ValueError(
             f"num_beams: expected the beam_size of the search, {beams}, for {type(model).__name__}, whose prompts "
@@ -85,6 +90,8 @@ def decode(
         mask = kwargs.get("attention_mask")
         rows = [prompts.shape[1]] * batch if mask is None else mask[:: mask.shape[0] // batch].sum(1).tolist()
         source_lengths = rows
+    if name is not None and held is None:
+        make_room(kwargs[name], input_ids.shape[0] if repeated else batch)
     decoder = Decoder(model, input_ids if repeated else prompts, kwargs, config, beams, repeated)
     loop = Loop(decoder, search, prompts, hooks)
     state = loop.run(request_ids, source_lengths)
