@@ -21,7 +21,16 @@ else:
 ROOT = Path(__file__).parents[1]
 FOLDERS = {"flashbeam.kernels": ROOT / "kernels", "flashbeam": ROOT / "beam"}
 # the files a decode step runs through
-STEP_PATH = ["search.py", "state.py", "stopping.py", "cache.py", "scoring/*.py", "selection/*.py", "constraint/*.py"]
+STEP_PATH = [
+    "search.py",
+    "state.py",
+    "statistics.py",
+    "stopping.py",
+    "cache.py",
+    "scoring/*.py",
+    "selection/*.py",
+    "constraint/*.py",
+]
 # these run once per search, not once per step, or are documented as the place where the host waits
 OUTSIDE_THE_STEP = {"__init__", "__post_init__", "__repr__", "all_done"}
 # its matchers run on the host, as its documentation says
