@@ -170,7 +170,8 @@ class BeamSearch:
         if "terms" not in getattr(self.selection, "uses", ()):
             name = type(self.selection).__name__
             raise ValueError(f"terms: expected none with fb.{name}, which does not rank by them, got {self.terms[0]}")
-        if self.dialect.finishes != "beam" or not self.dialect.counts_eos:
+        dialect = self.dialect
+        if dialect.finishes != "beam" or dialect.at_max_length == "spare" or not dialect.counts_eos:
             raise ValueError(f"terms: expected none with {self.dialect}, got {self.terms[0]}")
         for i, term in enumerate(self.terms):
             if self.stopping.rule.exact and not hasattr(term, "upper"):

@@ -298,6 +298,21 @@ def test_with_a_veto_a_bitmask_and_a_trie(regime):
             assert score == pytest.approx(oracle.score(path, 1.0, [oracle.uid(kind, 0.3)]), rel=3e-6)
 
 
+@pytest.mark.parametrize("rule", [fb.BestLive(), fb.Filled(), fb.Shrinking(), fb.Patience(2.0)], ids=repr)
+def test_with_other_rules_and_a_forced_end(rule):
+    terms = [fb.UID("local", 0.4), fb.TokenReward(0.2)]
+    told = [oracle.uid("local", 0.4), oracle.token_reward(0.2)]
+    lm = TableLM(5, 6)
+    for ends in ("compete", "end"):
+        options = dict(length_penalty=0.8, dialect=fb.Dialect(at_max_length=ends), stopping=rule)
+        hyps, _ = run(fb.BeamSearch(3, 4, EOS, terms=terms, **options), lm, [8])
+        found = list(returned(hyps, 0))
+        assert found and all(tokens[-1] == EOS for tokens, _ in found if ends == "end")
+        for tokens, score in found:
+            path = oracle.path(lm.logits, 8, tokens)
+            assert score == pytest.approx(oracle.score(path, len(tokens) ** 0.8, told), rel=3e-6, abs=3e-6)
+
+
 class Unbounded:
     """Likes long hypotheses: a term of one's own, with no bound."""
 
@@ -336,6 +351,7 @@ MAX = fb.UID("max", 1)
         (dict(terms=MAX, selection=fb.DiverseSiblings(1)), ValueError, "terms: expected none with fb.DiverseSibl"),
         (dict(terms=MAX, dialect=fb.Dialect(finishes="row")), ValueError, "terms: expected none with Dialect"),
         (dict(terms=MAX, dialect=fb.Dialect(counts_eos=False)), ValueError, "terms: expected none with Dialect"),
+        (dict(terms=MAX, dialect=fb.Dialect(at_max_length="spare")), ValueError, "terms: expected none with Dia"),
         (dict(terms="variance"), TypeError, "terms: expected a list of terms"),
         (dict(terms=[fb.UID]), TypeError, r"terms\[0\]: expected a term"),
         (dict(terms=fb.UID("max", [1, 2]), beam_size=[1, 2, 3]), ValueError, "strength: expected as many values as"),

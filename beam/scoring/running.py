@@ -75,5 +75,6 @@ def follow_terms(state: State, before: tuple[Any, ...], terms: Terms, best: Tens
     last = (state.requests.steps - 1).clamp(min=0).long()
     token_log_probs = history.gather(0, last[None, :, None].expand(1, -1, history.shape[2]))[0]
     token_log_probs = torch.where(step.valid, token_log_probs, 0.0).view(-1, 1)
-    seen = terms.take(rows).seen(step.tokens.view(-1, 1), token_log_probs, best.index_select(0, rows))
-    state.term_stats = written(before, terms.take(rows).advanced(seen))
+    continued = terms.take(rows)
+    seen = continued.seen(step.tokens.view(-1, 1), token_log_probs, best.index_select(0, rows))
+    state.term_stats = written(before, continued.advanced(seen))
