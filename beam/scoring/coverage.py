@@ -70,7 +70,8 @@ class Coverage:
             total = -_sum((coverage - 1.0).clamp(min=0.0))
         else:
             attended = coverage > 0.0
-            total = _sum(torch.where(attended, coverage.clamp(_LEAST, 1.0).log(), 0.0))
+            # in float64: a logarithm's last bit may depend on its place in memory
+            total = _sum(torch.where(attended, coverage.clamp(_LEAST, 1.0).double().log(), 0.0))
             if seen.source_lengths is not None:
                 missed = (seen.source_lengths - attended.sum(2)).clamp(min=0.0)
                 total = total + missed * math.log(_LEAST)
@@ -83,4 +84,4 @@ class Coverage:
 
 def _sum(values: Tensor) -> Tensor:
     """Over the source, term by term: padding changes no bit."""
-    return values.cumsum(2)[:, :, -1]
+    return values.cumsum(2)[:, :, -1].float()
