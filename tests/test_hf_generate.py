@@ -192,6 +192,18 @@ def test_other_searches() -> None:
     assert torch.isin(warped.sequences[:4, 4], two).all()
 
 
+def test_constraints_that_ask_more_of_the_rule() -> None:
+    lm, given = shared("llama"), inputs("llama")
+    phrases = fb.Phrases([[11, 12], [20], [31, 7]])  # found by beams of every progress
+    found = generate(lm, given, True, constraint=phrases, stopping=fb.Exhausted())
+    search = fb.BeamSearch(4, 8, EOS, pad_id=PAD, constraint=phrases, stopping=fb.Exhausted())
+    hyps = hf.beam_search(lm, given, search)
+    assert torch.equal(found.sequences[:, 4:], hyps.tokens.flatten(0, 1)[:, : found.sequences.shape[1] - 4])
+    assert hyps.valid[:, 0].all()
+    veto = fb.SuffixVeto([[4, 5, 6, 7]], 2)
+    generate(lm, given, True, constraint=veto)
+
+
 def test_own_search() -> None:
     lm, given = shared("llama"), inputs("llama")
     search = fb.BeamSearch(6, 8, EOS, pad_id=PAD, length_penalty=0.5, stopping=fb.Exhausted())

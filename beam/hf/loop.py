@@ -117,7 +117,8 @@ class Loop:
 def _chooser(search: BeamSearch, hooks: Hooks) -> AsGenerate | None:
     """How to choose where processors or criteria have a say, if the search's own rule is not to."""
     rule, criteria = search.selection, hooks.criteria
-    if not hooks.processors and criteria is None and not hooks.quick:
+    quick = hooks.quick and search.constraint.values == [None]  # a constraint may ask more of the rule
+    if not hooks.processors and criteria is None and not quick:
         return None
     if type(rule) is not TopK or (criteria is not None and search.finished == "in_place"):
         if criteria is not None and search.finished == "pool":
