@@ -11,6 +11,7 @@ from flashbeam.kernels import Moves, advance_chosen_, advance_in_place_, advance
 
 from .arguments import PerRequest, length_limit, positive_number, token_ids, whole_number
 from .budget import Budget, spend
+from .compiled import settle
 from .constrained import begin, follow_beams
 from .constraint import as_constraint
 from .dialect import Dialect
@@ -269,6 +270,9 @@ class BeamSearch:
         if found.flags is not None:
             selected = selected.with_flags(found.flags)
         seen = None if state.record is None else observe(state, found.expansion, selected)
+        terms, best = found.expansion.terms, selected.best_tokens if isinstance(selected, Ranked) else None
+        # known before the step and used after it
+        seen, best, terms = settle((seen, best, terms))
         # nothing can be refused from here on: what follows changes the state
         if state.constraint is None and found.constraint is not None:
             begin(state, found.constraint, found.constraint_state)
@@ -277,9 +281,9 @@ class BeamSearch:
         moves = self._advance(state, found.expansion, selected)
         step = self._step_of_groups(state, moves, found.given)
         spend(state)
-        if found.expansion.terms is not None:
-            assert isinstance(selected, Ranked) and selected.best_tokens is not None
-            follow_terms(state, found.term_stats, found.expansion.terms, selected.best_tokens, step)
+        if terms is not None:
+            assert best is not None
+            follow_terms(state, found.term_stats, terms, best, step)
         per_request = state.beam_size if found.given is None else found.given
         if state.constraint is not None:
             step = follow_beams(state, state.constraint, step, self.pad_id, per_request)

@@ -27,7 +27,6 @@ from .contrast import contrast
 from .divergence import divergence
 from .draw import Drawn, draw_children
 from .entropy import row_entropy
-from .exponential import exp
 from .filters import filter_bitmask
 from .history import backtrace, trace_slots, update_ancestry
 from .invert import Inverted, invert_cdf
@@ -35,6 +34,7 @@ from .keys import adjust, pack_key, token_log_prob
 from .listed import Listed, summarize_listed, top_listed
 from .lse import FLAG_INF, FLAG_NAN
 from .mixture import mixture
+from .opaque import exp, settled
 from .poisson import PoissonSample, conditional_poisson
 from .random import Stream, child_nodes, gumbel, random_bits, random_codes, root_nodes, uniforms
 from .reorder import check_reorder, reorder
@@ -107,6 +107,7 @@ __all__ = [
     "row_entropy",
     "sample",
     "select_beams",
+    "settled",
     "summarize",
     "summarize_listed",
     "token_log_prob",

@@ -67,3 +67,13 @@ def register(schema: str, definition: Callable[..., Any], fake: Callable[..., An
     torch.library.register_fake(f"flashbeam::{name}", fake, lib=_library)
     overload: Callable[..., Any] = getattr(torch.ops.flashbeam, name).default
     return overload
+
+
+def register_plain(schema: str, definition: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
+    """Define ``flashbeam::<schema>``, which has no kernel: the torch definition runs on every device."""
+    name = schema.partition("(")[0]
+    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _library.impl(name, definition, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"flashbeam::{name}", fake, lib=_library)
+    overload: Callable[..., Any] = getattr(torch.ops.flashbeam, name).default
+    return overload

@@ -5,7 +5,7 @@ import torch
 import flashbeam as fb
 from flashbeam.kernels import pack_bitmask
 
-V = 60
+V = 80
 
 
 class NotAgain:

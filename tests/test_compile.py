@@ -7,6 +7,7 @@ import torch
 
 import flashbeam as fb
 from fake_graph import assert_equal
+from flashbeam.kernels import reorder, settled
 from step_cases import CASES, CONSTRAINTS, given_to, search_of
 
 
@@ -57,3 +58,18 @@ def test_one_graph_for_every_later_step(name):
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor asks for a C++ compiler")
 def test_fused_operations_have_the_same_bits():
     compare("topk, in_place, many", "inductor")
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor asks for a C++ compiler")
+def test_what_is_known_before_a_write_stays_known():
+    def write(x, rows):
+        before = x + 1
+        total = (before * 2).sum()
+        (before,) = settled([before])
+        reorder(x, rows, out=x)
+        return before * 2, total
+
+    rows, x = torch.tensor([2, 0, 1]), torch.arange(3.0)
+    torch._dynamo.reset()
+    assert_equal(torch.compile(write, fullgraph=True)(x.clone(), rows), write(x.clone(), rows))
