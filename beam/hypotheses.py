@@ -136,7 +136,9 @@ def _merge_groups(state: State, found: Hypotheses, num_hypotheses: int | None) -
     order = fields["scores"].sort(dim=1, descending=True, stable=True).indices[:, :count]
     request = torch.arange(order.shape[0], device=order.device)[:, None]
     best = {name: field[request, order] for name, field in fields.items()}
-    return Hypotheses(**_pad(best, count, tokens=state.pad_id, slots=-1), beam_size=beam_size, exact=exact)
+    return Hypotheses(
+        **_pad(best, count, tokens=state.pad_id, slots=-1), beam_size=beam_size, exact=exact, statistics=None
+    )
 
 
 def _is_exact(state: State, best: Endings, asked: Tensor) -> Tensor:
@@ -152,7 +154,7 @@ def _is_exact(state: State, best: Endings, asked: Tensor) -> Tensor:
     return whole | (kept | ~asked).all(1)
 
 
-def ranked_endings(state: State, num_hypotheses: int | None) -> tuple[Endings, Tensor, Tensor]:
+def ranked_endings(state: State, num_hypotheses: int | None) -> tuple[Endings, Tensor, Endings]:
     """The best ``num_hypotheses`` of each group of each request, best first, which of them were asked for, and all."""
     found = _of_slots(state)
     if not state.in_place:
@@ -205,5 +207,6 @@ def _collect(state: State, num_hypotheses: int | None) -> Hypotheses:
         beam_size=state.limits.width.long(),
         exact=exact,
         slots=continued,
+        statistics=None,
         **{name: reported[name] for name in state.selection.reports},
     )

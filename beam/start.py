@@ -11,7 +11,7 @@ from torch import Tensor
 
 from flashbeam.kernels import Draws, History, Limits, Pool, Requests, Slots, root_nodes
 
-from .arguments import of_source, whole_number
+from .arguments import PerRequest, of_source, whole_number
 from .checks import as_request_ids, as_source_lengths
 from .scoring import LengthPower, norm_tables
 from .state import State
@@ -38,7 +38,7 @@ def start(
     min_lengths, max_lengths = (
         of_source(limit, batch_size, sources) for limit in (search.min_length, search.max_length)
     )
-    limits = search.beam_size, search.temperature, search.length_penalty
+    limits: tuple[PerRequest[Any], ...] = (search.beam_size, search.temperature, search.length_penalty)
     widths, temperatures, scorings = (argument.of_batch(batch_size) for argument in limits)
     search.check_lengths(min_lengths, max_lengths, scorings)
     for argument in search.per_request():

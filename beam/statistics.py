@@ -45,7 +45,8 @@ class Statistics(NamedTuple):
             return Statistics(*(field.clone() for field in self))
 
         def of_group(field: Tensor) -> Tensor:  # [B * G, T, ...] -> [B, T, G, ...]
-            return field.unflatten(0, (-1, groups)).transpose(1, 2)
+            apart: Tensor = field.unflatten(0, (-1, groups))
+            return apart.transpose(1, 2)
 
         margin = of_group(self.margin)  # a group that is done before the others has none
         return Statistics(

@@ -40,17 +40,17 @@ def _row_entropy(
     """The torch definition."""
     found = torch.zeros_like(lse)
     there = lse.isfinite() if active is None else lse.isfinite() & active
-    missing = (1 << (vocab_size - 1).bit_length()) - vocab_size
-    for rows in there.nonzero()[:, 0].split(max(1, _BLOCK // vocab_size)):
-        x = logits[rows, :vocab_size].float()
+    size = 1 << (vocab_size - 1).bit_length()
+    for rows in there.nonzero()[:, 0].split(max(1, _BLOCK // size)):
+        x = lse.new_full((rows.shape[0], size), -torch.inf)
+        inside = x[:, :vocab_size].copy_(logits[rows, :vocab_size])
         if temperature is not None:
-            x /= temperature[rows, None]
+            inside /= temperature[rows, None]
         if bitmask is not None:
-            x.masked_fill_(~unpack_bitmask(bitmask[rows], vocab_size), -torch.inf)
-        below = (lse[rows, None] - x).clamp_(min=0.0)
-        below.masked_fill_(~below.isfinite(), torch.inf)  # NaN; -inf and what is barred are there already
-        weights = torch.nn.functional.pad(exp(-below), (0, missing))
-        below = torch.nn.functional.pad(below.masked_fill_(below == torch.inf, 0.0), (0, missing))
+            inside.masked_fill_(~unpack_bitmask(bitmask[rows], vocab_size), -torch.inf)
+        below = (lse[rows, None] - x).clamp_(min=0.0).nan_to_num_(torch.inf, torch.inf)
+        weights = exp(-below)
+        below.masked_fill_(below == torch.inf, 0.0)
         total = _add_halves(weights)
         found[rows] = _add_halves(weights * below) / total + total.log()
     return found

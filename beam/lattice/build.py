@@ -141,7 +141,7 @@ class _Nodes:
         return len(self) - 1
 
     def arrays(self) -> dict[str, Array]:
-        found = {name: np.array(self.columns[name], dtype) for name, dtype in self.dtypes.items()}
+        found: dict[str, Array] = {name: np.array(self.columns[name], dtype) for name, dtype in self.dtypes.items()}
         parent, status = found["parent"], found["status"]
         status[parent[1:]] = Status.DEAD_END  # what has children is judged by them
         for node in range(len(self) - 1, 0, -1):

@@ -120,5 +120,6 @@ def _as_dict(tree: Tree, decode: Decode | None) -> dict[str, Any]:
 def _plain(values: np.ndarray[Any, Any]) -> Any:
     """Lists of numbers that JSON has."""
     if values.dtype.kind == "f":
-        values = np.where(np.isfinite(values), values.astype(object), None)
+        finite, values = np.isfinite(values), values.astype(object)
+        values[~finite] = None
     return values.tolist()

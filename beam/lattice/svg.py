@@ -160,7 +160,8 @@ class _Places:
         return 6 + 6.8 * columns(badge) if badge else 0.0
 
     def x(self, node: int) -> float:
-        return self.left[self.lengths[node]]
+        length: int = self.lengths[node]
+        return self.left[length]
 
     def y(self, node: int) -> float:
         return self.rows_begin + (self.layout.row[node] + 0.5) * _ROW

@@ -60,7 +60,8 @@ def _branches(tree: Tree, decode: Decode | None) -> Iterator[_Line]:
 
     def follow(node: int) -> tuple[list[int], list[int]]:
         """A branch up to where it ends or forks, and the branches that left it on the way and came to nothing."""
-        chain, lost = [node], []
+        chain: list[int] = [node]
+        lost: list[int] = []
         while True:
             alive = [child for child in children[chain[-1]] if survives(child)]
             if len(alive) != 1:
