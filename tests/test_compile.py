@@ -7,7 +7,7 @@ import torch
 
 import flashbeam as fb
 from fake_graph import assert_equal
-from flashbeam.kernels import reorder, settled
+from flashbeam.kernels import exp, reorder, settled
 from step_cases import CASES, CONSTRAINTS, given_to, search_of
 
 
@@ -73,3 +73,11 @@ def test_what_is_known_before_a_write_stays_known():
     rows, x = torch.tensor([2, 0, 1]), torch.arange(3.0)
     torch._dynamo.reset()
     assert_equal(torch.compile(write, fullgraph=True)(x.clone(), rows), write(x.clone(), rows))
+
+
+def test_opaque_operations():
+    x = torch.randn(3, 70)
+    torch.library.opcheck(torch.ops.flashbeam.exp.default, (x,))
+    torch.library.opcheck(torch.ops.flashbeam.settle.default, ([x, x > 0],))
+    assert torch.allclose(exp(x), x.exp())
+    assert settled([x])[0] is x
