@@ -268,6 +268,7 @@ def test_pictures_are_xml_that_holds_every_node_and_nothing_of_others():
         assert page.count("<script>") == page.startswith("<!DOCTYPE")
     labels = {each.text for each in ET.fromstring(lattice.svg(decode)).iter() if each.get("class") == "label"}
     assert labels >= SHOWN
+    assert lattice._repr_svg_() == lattice.svg() and repr(lattice).count("Tree(") == 3
 
 
 def test_json_is_json_and_holds_the_arrays():

@@ -42,6 +42,10 @@ class Lattice:
     def __getitem__(self, index: int) -> Tree:
         return self.trees[index]
 
+    def _repr_svg_(self) -> str:
+        """What a notebook shows."""
+        return self.svg()
+
     def text(self, decode: Decode | None = None, *, width: int = 100) -> str:
         """For a terminal, lines of at most ``width`` columns. ■ finished, … live, ✕ a dead end."""
         return "\n\n".join("\n".join(text.draw(tree, decode, width)) for tree in self.trees) + "\n"

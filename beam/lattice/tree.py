@@ -50,7 +50,7 @@ class Steps(NamedTuple):
     finished: Array  # int32 [S]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Tree:
     """The n nodes of one request. Node 0 is the root, before the first token; parents come before their children.
 
@@ -78,6 +78,9 @@ class Tree:
 
     def __len__(self) -> int:
         return len(self.parent)
+
+    def __repr__(self) -> str:
+        return f"Tree(request={self.request}, {len(self)} nodes, {self.steps} steps)"
 
     @property
     def edges(self) -> Array:
