@@ -207,6 +207,18 @@ class Even:
         return state % 2 == 0
 
 
+@pytest.mark.parametrize("statistics", [False, True])
+def test_a_step_that_leaves_nothing_is_a_column_without_nodes(statistics):
+    state, _ = run(fb.BeamSearch(5, 6, 0, constraint=Narrow(), statistics=statistics), TableLM(12, 7), bos=(5,))
+    lattice = fb.lattice(state)
+    [tree] = lattice
+    check_tree(tree)
+    assert tree.steps == tree.step.max() + 2 and (tree.status == Status.DEAD_END).any()
+    assert lay_out(tree).columns == tree.steps + 1
+    for page in (lattice.svg(), lattice.html().removeprefix("<!DOCTYPE html>\n")):
+        assert f">{tree.steps}</text>" in page and "✕" in "".join(ET.fromstring(page).itertext())
+
+
 @pytest.mark.parametrize("regime", ["pool", "in_place"])
 def test_what_a_constraint_refuses_at_the_end_is_a_dead_end(regime):
     search = fb.BeamSearch(6, 3, constraint=Even(), finished=regime)

@@ -50,7 +50,7 @@ def lay_out(tree: Tree) -> Layout:
             row[node] = place
         # what leaves it late is placed first, nearest, so that lines of what leaves it early pass below and cross none
         pending += [branch_of[child] for node in branch for child in reversed(children[node][1:])]
-    return Layout(row, len(taken.intervals), max(lengths) + 1)
+    return Layout(row, len(taken.intervals), max(*lengths, tree.steps) + 1)
 
 
 class _Rows:
