@@ -225,8 +225,11 @@ def test_quick_candidates_are_the_best(vocab: int, dtype: torch.dtype) -> None:
             rows = 2 if number == 0 else 6
             logits = torch.randn(rows, vocab, generator=generator).mul_(4).to(dtype)
             logits[seed % rows, :2] = (torch.nan, -torch.inf)[seed % 2]
+            if seed % 4 == 3:  # groups whose maxima are EOS
+                logits[:, [2, 5]] += 20
             expansion = expand(search, state, logits, None, None, {}).expansion
             ours, theirs = quick.find(expansion, 7), best(expansion, 7).candidates
+            assert ours is not None or dtype is torch.bfloat16 or seed % 2 == 0  # ties, or NaN
             if ours is not None:
                 found += 1
                 assert torch.equal(ours.tokens, theirs.tokens)
