@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from os import PathLike
@@ -12,13 +11,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..arguments import whole_number
-from . import html, svg, text
-from .build import trees
-from .labels import Decode
 from .tree import Status, Tree
 
 if TYPE_CHECKING:
     from ..state import State
+    from .labels import Decode
 
 _SUFFIXES = (".txt", ".svg", ".html", ".json")
 
@@ -48,14 +45,20 @@ class Lattice:
 
     def text(self, decode: Decode | None = None, *, width: int = 100) -> str:
         """For a terminal, lines of at most ``width`` columns. ■ finished, … live, ✕ a dead end."""
+        from . import text  # here and below: pictures are made seldom, and `import flashbeam` is to be quick
+
         return "\n\n".join("\n".join(text.draw(tree, decode, width)) for tree in self.trees) + "\n"
 
     def svg(self, decode: Decode | None = None) -> str:
         """A picture, complete in itself. In a browser, a node tells its numbers when the pointer rests on it."""
+        from . import svg
+
         return svg.draw(self.trees, decode)
 
     def html(self, decode: Decode | None = None, *, title: str = "Beam search") -> str:
         """A page with the picture and the n-best; pointing at a node shows the way to it. It needs nothing else."""
+        from . import html
+
         return html.draw(self.trees, decode, title)
 
     def to_json(self, decode: Decode | None = None) -> str:
@@ -63,6 +66,8 @@ class Lattice:
 
         Numbers that are not finite are ``null``. With ``decode``, ``nodes`` has each node's ``text`` as well.
         """
+        import json
+
         return json.dumps({"requests": [_as_dict(tree, decode) for tree in self.trees]}, allow_nan=False)
 
     def save(self, path: str | PathLike[str], decode: Decode | None = None) -> None:
@@ -103,6 +108,8 @@ def lattice(state: State, num_hypotheses: int | None = None, *, requests: Sequen
     for each in chosen:
         if each >= state.batch_size:
             raise ValueError(f"requests: expected numbers below {state.batch_size}, got {each}")
+    from .build import trees
+
     return Lattice(trees(state, num_hypotheses, chosen))
 
 
