@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path as FilePath
@@ -77,7 +77,8 @@ class Lattice:
             ValueError: the name ends otherwise. Nothing is written then.
         """
         file = FilePath(path)
-        makers = dict(zip(_SUFFIXES, (self.text, self.svg, self.html, self.to_json), strict=True))
+        ways: tuple[Callable[[Decode | None], str], ...] = (self.text, self.svg, self.html, self.to_json)
+        makers = dict(zip(_SUFFIXES, ways, strict=True))
         if file.suffix.lower() not in makers:
             raise ValueError(f"path: expected a name that ends in one of {list(_SUFFIXES)}, got {file.name!r}")
         file.write_text(makers[file.suffix.lower()](decode), encoding="utf-8")
