@@ -168,6 +168,7 @@ def _begun(search: BeamSearch, state: State, vocab_size: int) -> tuple[Bound | N
         eos=tuple(search.eos_ids),
         min_lengths=state.min_lengths,
         max_lengths=state.max_lengths,
+        ends_forced=state.dialect.at_max_length == "end",
     )
     constraint = bind(search.constraint.of_batch(batch), context)
     vetoes = constraint is not None and constraint.considers is not None

@@ -151,7 +151,8 @@ def _is_exact(state: State, best: Endings, asked: Tensor) -> Tensor:
     if state.groups > 1:  # a group that goes on may change those behind it
         return whole
     kept = best.finished & (best.scores >= state.bound[:, None])
-    return whole | (kept | ~asked).all(1)
+    beyond = asked.sum(1) > state.limits.width  # more than a pool by score holds
+    return torch.where(beyond, whole & (not state.rule.by_arrival), whole | (kept | ~asked).all(1))
 
 
 def ranked_endings(state: State, num_hypotheses: int | None) -> tuple[Endings, Tensor, Endings]:

@@ -52,7 +52,7 @@ class BeamSearch:
         length_penalty: ``score = log_prob / length ** length_penalty``; 0 ranks by log-probability; or
             ``fb.GNMT(alpha)`` [B].
         stopping: ``fb.FirstFinished()``, ``fb.Patience(p)``, ``fb.Exact()`` or ``fb.Exhausted()``; or ``fb.Filled()``,
-            ``fb.BestLive()``, ``fb.Shrinking()``. In place, a request ends when every slot has ended, whichever of the
+            ``fb.BestLive()``, ``fb.BestFinished(n)``, ``fb.Shrinking()``. In place, a request ends when every slot has ended, whichever of the
             first four but another patience is given.
         finished: ``"pool"``: a finished hypothesis leaves the beam; ``"in_place"``: it stays in its slot and competes;
             ``None``: what the selection asks for.

@@ -98,6 +98,7 @@ def _advance_pool(
     held = (pool.log_probs > -torch.inf).sum(1)
     room = width - held[:, None] if shrinks else width
     left_out = torch.full_like(bound, -torch.inf)
+    best_ended = torch.zeros_like(live)
     place = torch.arange(beams, device=logits.device)
     ranks = place.expand(batch, -1)
     if eos is not None:
@@ -119,6 +120,7 @@ def _advance_pool(
             ids = (ends.tokens, ends.parents, requests.steps[:, None].expand_as(ends.tokens), end_ranks)
             new = Pool(scores, ends.log_probs, ends.token_log_probs, *(field.int() for field in ids))
             left_out = _collect(pool, new, finish, limits, last, rule)
+            best_ended = (finish & (end_ranks == 0)).any(1)
 
     keep = (best.log_probs > -torch.inf) & (place < width) & live[:, None]
     held = (pool.log_probs > -torch.inf).sum(1)
@@ -132,7 +134,7 @@ def _advance_pool(
         possible = best_possible
     stop = held >= limits.quota
     if awaits_best:
-        stop &= ((pool.ranks == 0) & (pool.log_probs > -torch.inf)).any(1)
+        stop &= best_ended | ((pool.ranks == 0) & (pool.log_probs > -torch.inf)).any(1)
     if best_live or exact:
         worst = pool.scores.gather(1, width.long() - 1)[:, 0]
         stop |= (held >= limits.width) & (worst >= (possible if exact else as_it_is))

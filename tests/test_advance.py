@@ -525,7 +525,7 @@ class Oracle:
             self.pool = sorted(self.pool + new, key=lambda b: -b.score)[: self.width]
         stop = len(self.pool) >= self.quota
         if self.rule.awaits_best:
-            stop = stop and any(b.rank == 0 for b in self.pool)
+            stop = stop and any(b.rank == 0 for b in [*self.pool, *new])
         possible = others[0].score / self.bounds[self.steps] if others else -INF
         if len(self.pool) == self.width and (self.rule.exact or self.rule.best_live):
             as_it_is = others[0].score / norm if others else -INF

@@ -1,6 +1,7 @@
 """When requests end, what is provably the best then, budgets, and limits that the source sets."""
 
 import json
+from itertools import pairwise, product
 from pathlib import Path
 
 import pytest
@@ -74,6 +75,14 @@ def test_exact_is_of_the_hypotheses_asked_for():
     assert same(best, whole)[best.exact].all()
 
 
+@pytest.mark.parametrize("rule", [*RULES, fb.Exhausted()], ids=str)
+def test_more_than_the_beam_are_exact_only_if_nothing_stopped(rule):
+    """A pool in order of arrival holds others than the best K by score and what lives on."""
+    whole, found = (run(each, 0.0, 2, num_hypotheses=2 * K)[0] for each in (fb.Exhausted(), rule))
+    assert same(found, whole)[found.exact].all()
+    assert found.exact.any() == (not rule.rule.by_arrival)
+
+
 def test_a_search_under_way_is_exact_only_where_nothing_can_follow():
     search = fb.BeamSearch(2, 5, EOS, length_penalty=0.0, stopping=fb.Exhausted())
     state = search.init(2)
@@ -122,6 +131,18 @@ def test_in_place_all_that_ended_is_exact(selection):
     assert search.finalize(state).exact.all()
 
 
+def test_the_best_candidate_may_end_below_a_full_pool():
+    """It finishes, and is worse than what finished before: the quota is met and the best has finished."""
+    search = fb.BeamSearch(2, 9, [0, 1], length_penalty=0.0, pad_id=2, stopping=fb.BestFinished(2))
+    state = search.init(1)
+    # two finish behind the best candidate, which lives on, becomes unlikely, and ends below them
+    search.step(state, torch.tensor([[0.0, 0.3, 0.2, 0.5]]).log())
+    search.step(state, torch.tensor([[0.45, 0.0, 0.05, 0.5], [0.0, 0.0, 0.5, 0.5]]).log())
+    assert state.pool.log_probs[0].exp().tolist() == pytest.approx([0.3, 0.225]) and not state.done[0]
+    search.step(state, torch.tensor([[0.5, 0.0, 0.25, 0.25], [0.0, 0.0, 0.5, 0.5]]).log())
+    assert state.pool.log_probs[0].exp().tolist() == pytest.approx([0.3, 0.225]) and state.done[0]
+
+
 def shrinking_by_hand(request, seed, bias, norm):
     """Python lists: (score, tokens) of what finished, best first; a beam less for each."""
     model = HashLM(seed, bias)
@@ -152,6 +173,31 @@ def test_shrinking_beam(norm):
             tokens for _, tokens in wanted
         ]
         assert found.scores[b].tolist() == pytest.approx([score for score, _ in wanted], abs=1e-5)
+
+
+@pytest.mark.parametrize("selection", [fb.TopK(), fb.DiverseSiblings(0.0)], ids=repr)
+@pytest.mark.parametrize(
+    ("constraint", "contents"),
+    [
+        (fb.Phrases([[1, 2], [3]]), [c for c in product(range(1, 5), repeat=3) if (1, 2) in pairwise(c) and 3 in c]),
+        (fb.Trie([[1, 2, 3], [2], [3, 3, 4, 1]]), [(1, 2, 3), (2,)]),
+        (fb.Copy([1, 2, 3, 4], min_span=2), [(), (1, 2), (2, 3), (3, 4), (1, 2, 3), (2, 3, 4)]),
+    ],
+    ids=["phrases", "trie", "copy"],
+)
+def test_constraints_look_ahead_to_a_forced_end(constraint, contents, selection):
+    """The last token can only be EOS: what it takes is complete a token earlier, and no beam strands."""
+    search = fb.BeamSearch(
+        60, 4, EOS, constraint=constraint, selection=selection, dialect=fb.Dialect(at_max_length="end"),
+        stopping=fb.Exhausted(),
+    )  # fmt: skip
+    found = fb.decode(search, HashLM(3), torch.tensor([1]))
+    tokens = [tuple(t[: n - 1].tolist()) for t, n in zip(found.tokens[0], found.lengths[0], strict=True)]
+    held = found.valid[0].tolist()
+    assert found.finished[0].tolist() == held
+    assert sorted(t for t, valid in zip(tokens, held, strict=True) if valid) == sorted(contents)
+    narrow = fb.BeamSearch(1, 4, EOS, constraint=constraint, selection=selection, dialect=search.dialect)
+    assert fb.decode(narrow, HashLM(3), torch.tensor([1])).valid.all()
 
 
 class TestBudget:

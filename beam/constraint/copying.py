@@ -98,7 +98,7 @@ class _Bound(Bound):
             ([each is not None and not each.monotone for each in requests], np.bool_),
             (spans, np.int64),
             (least, np.int64),
-            (context.max_lengths, np.int64),
+            (context.open_lengths, np.int64),
         ]
         self.sources = _Sources(*(on_device(values, dtype, context) for values, dtype in columns))
         self.repeats = any(len(np.unique(source)) < len(source) for source in sources)

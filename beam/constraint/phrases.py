@@ -113,7 +113,7 @@ class _Progress(NamedTuple):
 class _BoundPhrases(Bound):
     def __init__(self, tables: PhraseTables, context: Context):
         self.tables, self.context = tables, context
-        self.max_lengths = on_device(context.max_lengths, np.int64, context)
+        self.max_lengths = on_device(context.open_lengths, np.int64, context)
         inside = tables.alphabet < context.vocab_size
         self.alphabet = tables.alphabet.masked_fill(~inside, -1)  # int64 [B, A]
         eos = on_device(context.eos, np.int64, context).expand(context.batch_size, -1)

@@ -57,6 +57,12 @@ class Context:
     eos: tuple[int, ...]
     min_lengths: tuple[int, ...]  # per request, EOS included
     max_lengths: tuple[int, ...]  # per request
+    ends_forced: bool = False  # the last token at max_length can only be EOS
+
+    @property
+    def open_lengths(self) -> tuple[int, ...]:
+        """Per request, most tokens that are not EOS, 1 at least: what is to be complete by then must look ahead to it."""
+        return tuple(max(1, n - 1) for n in self.max_lengths) if self.ends_forced else self.max_lengths
 
     @property
     def rows(self) -> int:

@@ -45,9 +45,9 @@ class Walking(Bound):
         starts = [-1 if each is None else each.start + shift_of[id(each)] for each in requests]
         self.starts = self._on_device(starts)  # int32 [B]
         self.min_lengths = self._on_device(context.min_lengths)
-        self.max_lengths = self._on_device(context.max_lengths)
+        self.max_lengths = self._on_device(context.open_lengths)
         self.free = self._on_device([each is None for each in requests]).bool() if None in requests else None
-        limits = zip(requests, context.min_lengths, context.max_lengths, strict=True)
+        limits = zip(requests, context.min_lengths, context.open_lengths, strict=True)
         bounded = [each for each, low, high in limits if each and not each.all_lead(low, high, bool(context.eos))]
         steps = torch.arange(32 * self.edges.reach.shape[1], dtype=torch.int32, device=context.device)
         self.steps = steps if bounded else None

@@ -124,6 +124,7 @@ def _advance_pool_kernel(
         before = tl.load(pool_log_probs_ptr + pool + pool_place, mask=pool_place < places, other=-float("inf"))
         room = width - tl.sum((before > -float("inf")).to(tl.int32), 0)
     left_out = tl.full([], -float("inf"), tl.float32)
+    best_ended = tl.full([], 0, tl.int32)
     rank = slot
     if N_EOS > 0:
         n_ends = parents * N_EOS
@@ -200,6 +201,7 @@ def _advance_pool_kernel(
                 tl.debug_barrier()
                 new_ranks = tl.load(by_rank_ptr + beams + slot, mask=inside, other=0)
             new = tl.load(by_rank_ptr + slot, mask=inside, other=-1)
+            best_ended = tl.max(((new >= 0) & (new_ranks == 0)).to(tl.int32), 0)
             if tl.max(new, 0) >= 0:
                 left_out = collect(
                     new,
@@ -248,7 +250,7 @@ def _advance_pool_kernel(
     stop = held >= quota
     if AWAITS_BEST:
         at_end = tl.load(pool_ranks_ptr + pool + pool_place, mask=in_pool > -float("inf"), other=1)
-        stop = stop & (tl.min(at_end, 0) == 0)
+        stop = stop & ((tl.min(at_end, 0) == 0) | (best_ended != 0))
     if BEST_LIVE or EXACT:
         worst = tl.load(pool_scores_ptr + pool + width - 1)
         stop = stop | ((held >= width) & (worst >= (possible if EXACT else as_it_is)))
