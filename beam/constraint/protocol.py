@@ -61,7 +61,7 @@ class Context:
 
     @property
     def open_lengths(self) -> tuple[int, ...]:
-        """Per request, most tokens that are not EOS, 1 at least: what is to be complete by then must look ahead to it."""
+        """Per request, most tokens that are not EOS, 1 at least: what is to be complete looks ahead to that."""
         return tuple(max(1, n - 1) for n in self.max_lengths) if self.ends_forced else self.max_lengths
 
     @property
