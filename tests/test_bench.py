@@ -1,6 +1,7 @@
 """The benchmarks run, and what they compare is the same answer: a speed of wrong results is not reported."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -19,7 +20,9 @@ BENCH = ROOT / "bench"
 
 
 def run(*args: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, *args], capture_output=True, text=True, cwd=ROOT)
+    # a worker of pytest-xdist says so here, and pytest-benchmark then measures nothing
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+    return subprocess.run([sys.executable, *args], capture_output=True, text=True, cwd=ROOT, env=environment)
 
 
 @pytest.fixture

@@ -448,7 +448,8 @@ def test_view_fits_the_terminal(view: str, show: Show, tmp_path: Path, monkeypat
     monkeypatch.chdir(tmp_path)  # a lattice is written there
     text = show(f"--{view}")
     assert "\x1b" not in text
-    assert max(map(len, text.splitlines())) <= 80
+    lines = [line for line in text.splitlines() if str(tmp_path) not in line]  # a path is as long as it is
+    assert max(map(len, lines)) <= 80
     assert "completes 2 prompts of Python code in one batch" in text
 
 
