@@ -11,11 +11,11 @@ from torch import Tensor
 from flashbeam.kernels import pack_bitmask
 
 from .checks import as_attention, as_bitmask, as_bools
-from .constrained import FAILED
+from . import constrained
 from .constraint import Bound, Context, Proposed, bind
 from .models.combining import combine, of_groups, rows_given
 from .models.protocol import Combined, Given
-from .scoring.running import begin_terms, terms_of_rows
+from .scoring import running
 from .selection import Expansion, Veto
 from .state import NO_BITMASKS, EosBitmasks
 
@@ -51,8 +51,10 @@ def expand(
     mask = None if bitmask is None else as_bitmask(state, bitmask, rows.shape[0], vocab_size)
     first, given = state.vocab_size is None, rows.shape[0] // state.batch_size
     constraint, slots_state, eos_bitmasks = _begun(search, state, vocab_size)
-    if slots_state is FAILED:
-        raise ValueError(f"state: expected one whose steps have succeeded, got one in which {FAILED}")
+    if slots_state is constrained.FAILED:
+        raise ValueError(f"state: expected one whose steps have succeeded, got one in which {constrained.FAILED}")
+    if state.term_stats is running.FAILED:
+        raise ValueError(f"state: expected one whose steps have succeeded, got one in which {running.FAILED[0]}")
     if first and state.groups > 1:  # every group starts from the request's one row
         sources, of_rows = of_groups(state.groups, given, sources, of_rows)
         rows = sources[0]
@@ -105,9 +107,9 @@ def expand(
         if combined.bitmask is not None:
             mask, allowed = (combined.bitmask if bits is None else combined.bitmask & bits for bits in (mask, allowed))
     rows = combined.logits
-    term_stats = begin_terms(search.terms, state) if first else state.term_stats
+    term_stats = running.begin_terms(search.terms, state) if first else state.term_stats
     attention = _attention(search, state, attention, rows.shape[0])
-    terms = terms_of_rows(search.terms, term_stats, state, rows.shape[0], attention) if search.terms else None
+    terms = running.terms_of_rows(search.terms, term_stats, state, rows.shape[0], attention) if search.terms else None
     expansion = Expansion(
         logits=rows,
         active=active,

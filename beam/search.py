@@ -226,7 +226,8 @@ class BeamSearch:
             device: where the logits will be.
             request_ids: int64 ``[B]``, name the requests for the randomness; default ``0 .. B - 1``.
             source_lengths: per request, a list or CPU tensor ``[B]``: what ``max_length`` and ``min_length`` are
-                functions of, where they are.
+                functions of, where they are; and what terms read, ``fb.TokenReward(per_source_token=...)`` always and
+                ``fb.Coverage`` if given.
 
         Returns:
             A :class:`State`: slot 0 of each request is live and empty.
@@ -246,8 +247,9 @@ class BeamSearch:
         """Consume the model's logits for the current beams and choose the next ones.
 
         Args:
-            state: changed in place; unchanged if an error is raised. Only a constraint of the user's own may raise one
-                once beams have been chosen, in ``advance`` or ``accepts``: then the state is refused from there on.
+            state: changed in place; unchanged if an error is raised. Only a constraint or a term of the user's own may
+                raise one once beams have been chosen, in ``advance`` or ``accepts``, or in ``extend``: then the state
+                is refused from there on.
             logits: ``[B * K, V]`` or ``[B, K, V]`` float32, float16 or bfloat16, unit stride over ``V``; on the first
                 call also ``[B, V]``. Not modified. Rows of slots that are not valid are not read. With ``models`` a
                 tuple of such tensors, one per model.

@@ -132,6 +132,5 @@ def test_bad_arguments_are_refused(make, error, message):
 
 def test_a_bound_of_the_source_needs_to_know_it():
     search = fb.BeamSearch(2, 4, EOS, terms=fb.TokenReward(1.0, per_source_token=2.0))
-    state = search.init(1)
-    with pytest.raises(ValueError, match=r"terms\[0\]: expected init\(source_lengths=...\) for TokenReward"):
-        search.step(state, torch.zeros(1, 5))
+    with pytest.raises(ValueError, match=r"source_lengths: expected one length per request for TokenReward\(1.0, per"):
+        search.init(1)

@@ -27,8 +27,17 @@ class Seen(NamedTuple):
 class Term(Protocol):
     """A term of the score; plain class attributes will do for the properties. No host synchronisation.
 
-    A term that knows one also has ``upper(value, stats, seen)``: what its value can at most become, float32 ``[R, M]``
-    or ``[R, 1]``, for continuations that go on, from what ``extend`` returned for them. ``fb.Exact()`` needs it.
+    Besides, a term may have
+
+    - ``upper(value, stats, seen)``: what its value can at most become, float32 ``[R, M]`` or ``[R, 1]``, for
+      continuations that go on, from what ``extend`` returned for them. ``fb.Exact()`` needs it.
+    - ``reads_source_lengths``, a bool: ``BeamSearch.init`` refuses to start without ``source_lengths``. Where it is
+      false or not there, ``Seen.source_lengths`` may be ``None``.
+    - ``per_request``: its numbers that may differ by request, a tuple of objects like
+      :class:`flashbeam.arguments.PerRequest`. The search refuses a batch of another size than they have values. A term
+      lays them out by row itself, in ``init``: ``rows // B`` rows of each request in turn.
+
+    What ``extend`` raises once the beams of a step are chosen leaves a state that is refused from there on.
     """
 
     @property

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from ..search import Step
     from ..state import State
 
+FAILED = ("a term raised an error when its statistics were to follow the beams",)
+
 
 def as_terms(given: Any) -> tuple[Term, ...]:
     """The terms that a search is given: one, a list of them, or none."""
@@ -29,11 +31,16 @@ def as_terms(given: Any) -> tuple[Term, ...]:
     return tuple(given)
 
 
+def check_sources(terms: tuple[Term, ...], source_lengths: Any) -> None:
+    """``source_lengths`` are there where a term reads them."""
+    reader = next((term for term in terms if getattr(term, "reads_source_lengths", False)), None)
+    if reader is not None and source_lengths is None:
+        raise ValueError(f"source_lengths: expected one length per request for {reader}, got None")
+
+
+@torch.inference_mode(False)  # as in BeamSearch.init
 def begin_terms(terms: tuple[Term, ...], state: State) -> tuple[Any, ...]:
     """The statistics of all slots before the first token."""
-    for i, term in enumerate(terms):
-        if getattr(term, "reads_source_lengths", False) and state.source_lengths is None:
-            raise ValueError(f"terms[{i}]: expected init(source_lengths=...) for {term}, got None")
     return tuple(term.init(state.batch_size * state.beam_size, state.device) for term in terms)
 
 
@@ -77,4 +84,5 @@ def follow_terms(state: State, before: tuple[Any, ...], terms: Terms, best: Tens
     token_log_probs = torch.where(step.valid, token_log_probs, 0.0).view(-1, 1)
     continued = terms.take(rows)
     seen = continued.seen(step.tokens.view(-1, 1), token_log_probs, best.index_select(0, rows))
+    state.term_stats = FAILED  # if a term raises
     state.term_stats = written(before, continued.advanced(seen))
