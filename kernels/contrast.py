@@ -5,11 +5,11 @@
     y[j] = e[j] - a[j]                 without a weight  \\   where  x[j] / temperature - top >= log(alpha),
          = e[j] + weight (e[j] - a[j]) with one          /   the plausibility head; -inf elsewhere
 
-``top`` is the greatest adjusted logit of what may be chosen, so the head holds that token at least. Of several
-amateurs ``choice`` names one for each row, and no other is read. A token of the head that the amateur gives no
-probability has no finite contrast: it is barred, and its row flagged.
+What the bitmask bars is not in the head. ``top`` is the greatest adjusted logit of what may be chosen, so the head
+holds that token at least. Of several amateurs ``choice`` names one for each row, and no other is read. A token of the
+head that the amateur gives no probability has no finite contrast: it is barred, and its row flagged.
 
-One program owns a block of one row. Traffic per row: ``V (sizeof(x) + sizeof(x') + 4)`` bytes.
+One program owns a block of one row. Traffic per row: ``V (sizeof(x) + sizeof(x') + 4)`` bytes, and a bit per token.
 """
 
 import math
@@ -18,6 +18,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .bitmask import unpack_bitmask
 from .checks import check_candidates, check_dtype, check_rows, check_same_device, check_shape, check_tensor, contiguous
 from .filters import least_exponent
 from .lse import FLAG_INF
@@ -35,6 +36,7 @@ def _contrast(
     amateur_temperature: Tensor | None,
     choice: Tensor | None,
     active: Tensor | None,
+    bitmask: Tensor | None,
     vocab_size: int,
     weight: float | None,
     least: float,
@@ -42,7 +44,7 @@ def _contrast(
     """The torch definition."""
     out = _fake(
         *(expert, amateurs, lse, amateur_lse, top, temperature, amateur_temperature),
-        *(choice, active, vocab_size, weight, least),
+        *(choice, active, bitmask, vocab_size, weight, least),
     )
     y, flags = out
     flags.zero_()
@@ -51,6 +53,8 @@ def _contrast(
         for rows in row_blocks(read if choice is None else read & (choice == i), vocab_size):
             adjusted = adjusted_rows(expert, rows, vocab_size, temperature)
             head = adjusted - top[rows, None] >= least  # which NaN is not
+            if bitmask is not None:
+                head &= unpack_bitmask(bitmask[rows], vocab_size)
             e = row_log_probs(adjusted, lse[rows, None])
             if weight != 0:
                 a = adjusted_rows(amateur, rows, vocab_size, amateur_temperature)
@@ -78,6 +82,7 @@ def _fake(
     amateur_temperature: Tensor | None,
     choice: Tensor | None,
     active: Tensor | None,
+    bitmask: Tensor | None,
     vocab_size: int,
     weight: float | None,
     least: float,
@@ -88,8 +93,8 @@ def _fake(
 
 contrast_op = register(
     "contrast(Tensor expert, Tensor[] amateurs, Tensor lse, Tensor amateur_lse, Tensor top, Tensor? temperature, "
-    "Tensor? amateur_temperature, Tensor? choice, Tensor? active, SymInt vocab_size, float? weight, float least) "
-    "-> (Tensor, Tensor)",
+    "Tensor? amateur_temperature, Tensor? choice, Tensor? active, Tensor? bitmask, SymInt vocab_size, float? weight, "
+    "float least) -> (Tensor, Tensor)",
     _contrast,
     _fake,
     "contrast",
@@ -109,6 +114,7 @@ def contrast(
     amateur_temperature: Tensor | None = None,
     choice: Tensor | None = None,
     active: Tensor | None = None,
+    bitmask: Tensor | None = None,
     vocab_size: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Contrast an expert's log-probabilities with an amateur's, in the expert's plausibility head.
@@ -125,6 +131,7 @@ def contrast(
         amateur_temperature: ``[R]`` float32 above 0; divides the amateurs'.
         choice: ``[R]`` int64, the amateur of each row; ``None``: the first. Rows with another number hold anything.
         active: ``[R]`` bool; rows that are not are not read, and hold anything.
+        bitmask: int32 ``[R, ceil(V / 32)]``, what may be chosen; unit stride over words.
         vocab_size: columns from here on are padding and never read.
 
     Returns:
@@ -138,7 +145,7 @@ def contrast(
         TypeError: a dtype differs from the above.
     """
     check_tensor("expert", expert)
-    vocab_size = check_rows(expert, vocab_size, None, temperature, "expert")
+    vocab_size = check_rows(expert, vocab_size, bitmask, temperature, "expert")
     if not amateurs:
         raise ValueError("amateurs: expected one tensor or more, got none")
     for i, x in enumerate(amateurs):
@@ -164,6 +171,6 @@ def contrast(
     check_same_device(expert=expert, **others, lse=lse, amateur_lse=amateur_lse, top=top, choice=choice)
     small = (contiguous(x) for x in (lse, amateur_lse, top, temperature, amateur_temperature, choice, active))
     found: tuple[Tensor, Tensor] = contrast_op(
-        expert.detach(), [x.detach() for x in amateurs], *small, vocab_size, weight, least_exponent(alpha)
+        expert.detach(), [x.detach() for x in amateurs], *small, bitmask, vocab_size, weight, least_exponent(alpha)
     )
     return found

@@ -98,7 +98,9 @@ def _ancestry(beams: int = BEAMS) -> tuple[Tensor, ...]:
     return _new(BATCH, beams, LENGTH, dtype=_i32), _new(BATCH, beams, dtype=_i64), _new(1, dtype=_i64)[0]
 
 
-def _advance(beams: int, n_eos: int = 2, options: bool = False, penalty: bool = False) -> tuple[object, ...]:
+def _advance(
+    beams: int, n_eos: int = 2, options: bool = False, penalty: bool = False, scores: bool = False
+) -> tuple[object, ...]:
     """The arguments in place, fields in the order of ``kernels/beamstate.py``."""
     rows, slots, requests, table = BATCH * beams, (BATCH, beams), (BATCH,), (BATCH, LENGTH + 1)
     return (
@@ -120,15 +122,16 @@ def _advance(beams: int, n_eos: int = 2, options: bool = False, penalty: bool = 
         [_new(LENGTH, *slots, dtype=dtype) for dtype in (_i32, _i32, _f32)],
         [*(_new(*requests, dtype=_i32) for _ in range(4)), _new(*table), _new(*table)],
         _new(BATCH, beams * n_eos) if penalty else None,
+        _new(BATCH, beams * n_eos) if scores else None,
         0,
     )
 
 
 def _advance_pool(beams: int, rule: Rule, decided: bool = False, options: bool = False) -> tuple[object, ...]:
-    *common, limits, penalty, pad_id = _advance(beams, options=options, penalty=decided)
+    *common, limits, penalty, scores, pad_id = _advance(beams, options=options, penalty=decided, scores=options)
     pool = [_new(BATCH, beams) for _ in range(3)] + [_new(BATCH, beams, dtype=_i32) for _ in range(4)]
     best_possible = _new(BATCH) if options else None
-    return (*common, pool, limits, _new(BATCH), penalty, best_possible, pad_id, decided, *rule)
+    return (*common, pool, limits, _new(BATCH), penalty, scores, best_possible, pad_id, decided, *rule)
 
 
 def _draw(dtype: torch.dtype, k: int, options: bool = False) -> tuple[object, ...]:
@@ -213,6 +216,7 @@ def _contrast(weight: float | None, options: bool = False) -> tuple[object, ...]
         _new(ROWS) if options else None,
         _new(ROWS, dtype=_i64) if options else None,
         _new(ROWS, dtype=torch.bool) if options else None,
+        _bits() if options else None,
         VOCAB,
         weight,
         -2.3,
@@ -367,7 +371,7 @@ def _cases() -> list[Case]:
         in_place("8 beams", lambda: _advance(8)),
         in_place("8 beams, no EOS", lambda: _advance(8, n_eos=0), (90,)),
         in_place("8 beams, end penalty", lambda: _advance(8, penalty=True), (90,)),
-        in_place("1024 beams, every option", lambda: _advance(1024, options=True, penalty=True), (90,)),
+        in_place("1024 beams, every option", lambda: _advance(1024, options=True, penalty=True, scores=True), (90,)),
         draw("bf16, k = 8", lambda: _draw(_bf16, 8)),
         draw("fp32, k = 8, every option", lambda: _draw(_f32, 8, True), (90,)),
         draw("bf16, k = 256, every option", lambda: _draw(_bf16, 256, True), (90,)),

@@ -169,6 +169,23 @@ def test_shallow_fusion_is_its_formula():
     assert (hyps.scores[:, :-1] >= hyps.scores[:, 1:])[hyps.valid[:, 1:]].all()
 
 
+@pytest.mark.parametrize("alpha", [0.0, 1.0, -0.5])
+def test_shallow_fusion_stops_exactly_and_early(alpha):
+    """Its scores only fall, so Exact has its bound: what it returns is Exhausted's, in fewer steps."""
+    pair, bos = Pair(vocab=30, eos_bias=2.5), tuple(range(7, 67))
+    fused = fb.Mixture([1.0, 0.5], "log", normalize=False)
+    (exact, early), (exhausted, whole), (first, _) = (
+        run(fb.BeamSearch(3, 12, EOS, length_penalty=alpha, stopping=rule, models=fused), pair, batch=60, bos=bos)
+        for rule in (fb.Exact(), fb.Exhausted(), fb.FirstFinished())
+    )
+    same(exact, exhausted)
+    steps = [state.requests.steps.sum() for state in (early, whole)]
+    assert steps[0] < (1.0 if alpha > 0 else 0.8) * steps[1] and exact.exact.all()
+    assert first.exact.any() or alpha > 0
+    for b in first.exact.nonzero()[:, 0].tolist():
+        assert listed(first, b) == listed(exhausted, b)
+
+
 def contrast_leaves(pair, *, weight, alpha, expert_t=1.0, amateur_t=1.0, choose=None, max_length=3, allowed=None):
     """tokens -> (score, log_prob) of every sequence of plausible tokens."""
     found = {}
@@ -566,6 +583,17 @@ def test_a_token_without_an_amateur_is_barred_and_flagged():
     state = search.init(1)
     step = search.step(state, (x, y))
     assert state.flags.tolist() == [fb.FLAG_INF] and step.valid.all() and int(x.argmax()) not in step.tokens[0].tolist()
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_what_may_not_follow_needs_no_amateur(normalize):
+    """Neither a bitmask's bans nor EOS before its time are in the head, so they have nothing to be flagged for."""
+    expert, amateur = torch.tensor([[2.0, 5.0, 1.5, 1.0]]), torch.tensor([[0.0, -INF, 0.5, 0.0]])
+    for options, mask in (({}, torch.tensor([[0b1101]], dtype=torch.int32)), ({"eos_id": EOS, "min_length": 2}, None)):
+        search = fb.BeamSearch(3, 3, models=fb.Contrast(normalize=normalize), **options)
+        state = search.init(1)
+        step = search.step(state, (expert, amateur), mask)
+        assert state.flags.tolist() == [0] and sorted(step.tokens[0].tolist()) == [0, 2, 3]
 
 
 def test_a_gate_that_names_no_model_is_a_dead_end():

@@ -8,7 +8,16 @@ import numpy as np
 import pytest
 import torch
 
-from flashbeam.kernels import FLAG_INF, contrast, divergence, filter_bitmask, mixture, summarize, unpack_bitmask
+from flashbeam.kernels import (
+    FLAG_INF,
+    contrast,
+    divergence,
+    filter_bitmask,
+    mixture,
+    pack_bitmask,
+    summarize,
+    unpack_bitmask,
+)
 from flashbeam.kernels.filters import least_exponent
 from flashbeam.kernels.triton.contrast import launch_contrast
 from flashbeam.kernels.triton.divergence import launch_divergence
@@ -162,15 +171,17 @@ def test_padding_and_inactive_rows_are_not_read(device):
 # contrast
 
 
-def contrast_both(device, expert, amateurs, *, weight=None, alpha=0.1, temperature=None, other=None, choice=None):
+def contrast_both(
+    device, expert, amateurs, *, weight=None, alpha=0.1, temperature=None, other=None, choice=None, mask=None
+):
     """What definition and kernel say, which is the same."""
     lse = summarize(expert, temperature=temperature).lse
     amateur_lse = torch.stack([summarize(x, temperature=other).lse for x in amateurs], 1)
     top = expert.float().nan_to_num(-INF, INF, -INF)
     top = (top if temperature is None else top / temperature[:, None]).amax(1)
-    options = {"temperature": temperature, "amateur_temperature": other, "choice": choice}
+    options = {"temperature": temperature, "amateur_temperature": other, "choice": choice, "bitmask": mask}
     y, flags = contrast(expert, amateurs, lse, amateur_lse, top, weight=weight, alpha=alpha, **options)
-    args = to(device, expert, amateurs, lse, amateur_lse, top, temperature, other, choice, None)
+    args = to(device, expert, amateurs, lse, amateur_lse, top, temperature, other, choice, None, mask)
     kernel = launch_contrast(*args, expert.shape[1], weight, least_exponent(alpha))
     assert torch.equal(kernel[0].cpu(), y) and torch.equal(kernel[1].cpu(), flags)
     return y, flags
@@ -221,6 +232,19 @@ def test_faults_of_a_contrast(device):
     )
     y, flags = contrast_both(device, expert, [amateur], alpha=1e-9, weight=0.0)  # has no use for the amateur
     assert flags.sum() == 0 and (y[:4, 5] > -1).all()
+
+
+def test_the_head_of_a_contrast_is_of_what_the_bitmask_allows(device):
+    expert, amateur, allowed = torch.randn(4, 300), torch.randn(4, 300), torch.rand(4, 300) < 0.5
+    allowed[:, 5], expert[:, 5], amateur[:2, 5] = False, 2.0, -INF
+    allowed[0, 9], expert[0, 9], amateur[0, 9] = True, 2.0, -INF
+    padded = pack_bitmask(torch.cat([allowed, torch.ones(4, 200, dtype=torch.bool)], 1))  # a row stride of its own
+    for weight in (None, 0.5, 0.0):
+        whole, _ = contrast_both(device, expert, [amateur], alpha=1e-9, weight=weight)
+        for mask in (pack_bitmask(allowed), padded):
+            y, flags = contrast_both(device, expert, [amateur], alpha=1e-9, weight=weight, mask=mask)
+            assert torch.equal(y, whole.masked_fill(~allowed, -INF))
+            assert flags.tolist() == [FLAG_INF * (weight != 0), 0, 0, 0]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -295,12 +319,14 @@ def test_opcheck(full, device):
     active = torch.ones(4, dtype=torch.bool, device=device) if full else None
     onehot = torch.full((4, 2), -1, device=device) if full else None
     choice = torch.zeros(4, dtype=torch.int64, device=device) if full else None
+    mask = torch.full((4, 10), -1, dtype=torch.int32, device=device) if full else None
     check, ops = torch.library.opcheck, torch.ops.flashbeam
     model_temperature = torch.ones(4, 2, device=device) if full else None
     check(ops.mixture, ([x, y], torch.rand(4, 2, device=device), lse, model_temperature, onehot, active, 300, full))
     rows = (lse[:, 0].contiguous(), lse[:, 1:].contiguous())
     check(
-        ops.contrast, (x, [y], *rows, one, temperature, temperature, choice, active, 300, 0.5 if full else None, -2.0)
+        ops.contrast,
+        (x, [y], *rows, one, temperature, temperature, choice, active, mask, 300, 0.5 if full else None, -2.0),
     )
     check(ops.divergence, (x, y, rows[0], rows[1][:, 0].contiguous(), temperature, temperature, active, 300, full))
 
@@ -323,5 +349,7 @@ def test_errors_name_the_argument():
         contrast(x, [x[:1]], lse[:, 0], lse[:, :1], lse[:, 0])
     with pytest.raises(ValueError, match="weight: expected a number of 0 or more, or None, got -1"):
         contrast(x, [x], lse[:, 0], lse[:, :1], lse[:, 0], weight=-1)
+    with pytest.raises(ValueError, match=r"bitmask: expected shape \[R, ceil\(V / 32\)\] = \[2, 1\], got \[1, 1\]"):
+        contrast(x, [x], lse[:, 0], lse[:, :1], lse[:, 0], bitmask=torch.ones(1, 1, dtype=torch.int32))
     with pytest.raises(ValueError, match="kind: expected 'jsd' or 'dola', got 'kl'"):
         divergence(x, x, lse[:, 0], lse[:, 0], kind="kl")

@@ -120,6 +120,7 @@ class Contrast:
             temperature=temperature,
             amateur_temperature=other,
             choice=choice,
+            bitmask=given.allowed,
             **given.extent,
         )
         flags = faults(found.flags, lost, *(flags for _, _, flags in others))

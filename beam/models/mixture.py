@@ -39,7 +39,7 @@ class Mixture:
     model's, ``scores`` the fused ones; for a translation model and a language model, ``weights=(1, beta)``.
 
     A model is not read in rows where its weight is 0. Where one model alone has a weight, the search is that model's,
-    bit for bit.
+    bit for bit: for ``"probability"`` whatever the weight, for ``"log"`` if it is 1.
 
     Args:
         weights: of the M models, 0 or more, with a sum of 1 for ``"probability"``; a list of such lists has one per

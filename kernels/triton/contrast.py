@@ -34,6 +34,7 @@ def _contrast_kernel(
     amateur_temperature_ptr,  # *f32 [R] or unused
     choice_ptr,  # *i64 [R] or unused
     active_ptr,  # *i1 [R] or unused
+    bits_ptr,  # *i32 [R, W] or unused
     # outputs
     out_ptr,  # *f32 [R, V]
     flags_ptr,  # *i32 [R], zero
@@ -43,6 +44,7 @@ def _contrast_kernel(
     first,
     stride_x,
     stride_amateur,
+    stride_bits,
     # formula
     weight,
     least,
@@ -53,6 +55,7 @@ def _contrast_kernel(
     HAS_AMATEUR_TEMPERATURE: tl.constexpr,
     HAS_CHOICE: tl.constexpr,
     HAS_ACTIVE: tl.constexpr,
+    HAS_BITMASK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -65,6 +68,9 @@ def _contrast_kernel(
         token = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
         x = _load(x_ptr + row * stride_x, temperature_ptr, row, token, vocab_size, HAS_TEMPERATURE)
         head = x - tl.load(top_ptr + row) >= least
+        if HAS_BITMASK:
+            bits = tl.load(bits_ptr + row * stride_bits + token // 32, mask=token < vocab_size, other=0)
+            head = head & (((bits >> (token % 32)) & 1) != 0)
         x = tl.where(x == x, x, -float("inf"))
         score = token_log_prob(x, tl.load(lse_ptr + row))
         head = head & (score > -float("inf"))
@@ -95,13 +101,14 @@ def launch_contrast(
     amateur_temperature: Tensor | None,
     choice: Tensor | None,
     active: Tensor | None,
+    bitmask: Tensor | None,
     vocab_size: int,
     weight: float | None,
     least: float,
 ) -> tuple[Tensor, Tensor]:
     out = _fake(
         *(expert, amateurs, lse, amateur_lse, top, temperature, amateur_temperature),
-        *(choice, active, vocab_size, weight, least),
+        *(choice, active, bitmask, vocab_size, weight, least),
     )
     out[1].zero_()
     rows = lse.shape[0]
@@ -118,12 +125,14 @@ def launch_contrast(
             lse if amateur_temperature is None else amateur_temperature,
             lse if choice is None else choice,
             lse if active is None else active,
+            lse if bitmask is None else bitmask,
             *out,
             vocab_size,
             len(amateurs),
             first,
             expert.stride(0),
             amateur.stride(0),
+            0 if bitmask is None else bitmask.stride(0),
             0.0 if weight is None else weight,
             least,
             HAS_WEIGHT=weight is not None,
@@ -132,6 +141,7 @@ def launch_contrast(
             HAS_AMATEUR_TEMPERATURE=amateur_temperature is not None,
             HAS_CHOICE=choice is not None,
             HAS_ACTIVE=active is not None,
+            HAS_BITMASK=bitmask is not None,
             BLOCK=block,
             num_warps=8,
             enable_fp_fusion=False,
