@@ -317,6 +317,7 @@ class BeamSearch:
                 bitmask=expansion.bitmask,
                 temperature=expansion.temperature,
                 end_penalty=selected.end_penalty,
+                end_scores=selected.end_scores,
             )
         return advance_pool_(
             *common,
@@ -329,6 +330,7 @@ class BeamSearch:
             bitmask=expansion.bitmask,
             temperature=expansion.temperature,
             end_penalty=selected.end_penalty,
+            end_scores=selected.end_scores,
             finishing=selected.finishing,
             best_possible=selected.bound,
         )

@@ -178,7 +178,7 @@ def _ends(state: State, expansion: Expansion, ranked: Ranked) -> Endings | None:
     penalty = ranked.end_penalty
     if ranked.finishing is not None:
         penalty = torch.where(ranked.finishing, 0.0 if penalty is None else penalty, torch.inf)
-    return endings(*rows, state.eos, state.slots, may_end, penalty)
+    return endings(*rows, state.eos, state.slots, may_end, penalty, ranked.end_scores)
 
 
 def _finishing(state: State, expansion: Expansion, selected: Ranked | Decided) -> Tensor:

@@ -39,6 +39,7 @@ def _advance_in_place(
     history_tensors: list[Tensor],
     limit_tensors: list[Tensor],
     end_penalty: Tensor | None,
+    end_scores: Tensor | None,
     pad_id: int,
 ) -> Moves:
     """The torch definition."""
@@ -65,7 +66,7 @@ def _advance_in_place(
     fields.append((frozen, frozen_scores, slot, pad, nothing.float(), slots.lengths.long(), ~nothing.bool()))
     if eos is not None:
         may_end = (limits.min_length <= length) & live
-        ends = endings(logits, best.lse, bitmask, temperature, eos, slots, may_end, end_penalty)
+        ends = endings(logits, best.lse, bitmask, temperature, eos, slots, may_end, end_penalty, end_scores)
         keys.append((ends.scores / norm, ends.parents, ends.adjusted, ends.tokens))
         new_length = length[:, None].expand_as(ends.tokens)
         ended = torch.ones_like(ends.tokens, dtype=torch.bool)
@@ -104,6 +105,7 @@ def _fake(
     history_tensors: list[Tensor],
     limit_tensors: list[Tensor],
     end_penalty: Tensor | None,
+    end_scores: Tensor | None,
     pad_id: int,
 ) -> Moves:
     return fake_moves(candidates)
@@ -112,7 +114,7 @@ def _fake(
 _op = register(
     "advance_in_place_(Tensor logits, Tensor? bitmask, Tensor? temperature, Tensor? eos, Tensor[] candidates, "
     "Tensor(a!)[] slots, Tensor(b!)[] requests, Tensor(c!)[] history, Tensor[] limits, Tensor? end_penalty, "
-    "int pad_id) -> (Tensor, Tensor, Tensor, Tensor)",
+    "Tensor? end_scores, int pad_id) -> (Tensor, Tensor, Tensor, Tensor)",
     _advance_in_place,
     _fake,
     "advance_in_place",
@@ -132,6 +134,7 @@ def advance_in_place_(
     bitmask: Tensor | None = None,
     temperature: Tensor | None = None,
     end_penalty: Tensor | None = None,
+    end_scores: Tensor | None = None,
 ) -> Moves:
     """Take one decode step in place: rank frozen hypotheses and candidates together, keep, record, stop.
 
@@ -144,12 +147,14 @@ def advance_in_place_(
         eos: ``[n]`` int64, or ``None`` if nothing ends a hypothesis.
         pad_id: token of idle slots.
         bitmask, temperature: as given to ``top_candidates``; the bitmask may bar EOS.
-        end_penalty: float32 ``[B, P * n]``, taken from the scores of EOS candidates, parent by parent.
+        end_penalty: float32 ``[B, P * n]``, taken from the scores of EOS candidates, parent by parent; ``+inf`` bars
+            one.
+        end_scores: float32 ``[B, P * n]``, the scores of EOS candidates before that, parent by parent; ``-inf`` bars
+            one. Default: the score of its parent plus its log-probability.
 
     Returns:
         :class:`Moves`.
     """
-    penalty = contiguous(end_penalty)
-    return Moves(
-        *_op(logits, bitmask, contiguous(temperature), eos, best, slots, requests, history, limits, penalty, pad_id)
-    )
+    penalty, scores = contiguous(end_penalty), contiguous(end_scores)
+    rows = (logits, bitmask, contiguous(temperature), eos)
+    return Moves(*_op(*rows, best, slots, requests, history, limits, penalty, scores, pad_id))

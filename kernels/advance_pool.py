@@ -76,6 +76,7 @@ def _advance_pool(
     limit_tensors: list[Tensor],
     bound: Tensor,
     end_penalty: Tensor | None,
+    end_scores: Tensor | None,
     best_possible: Tensor | None,
     pad_id: int,
     decided: bool,
@@ -103,7 +104,7 @@ def _advance_pool(
     ranks = place.expand(batch, -1)
     if eos is not None:
         may_end = (limits.min_length <= length) & live
-        ends = endings(logits, best.lse, bitmask, temperature, eos, slots, may_end, end_penalty)
+        ends = endings(logits, best.lse, bitmask, temperature, eos, slots, may_end, end_penalty, end_scores)
         there = ends.log_probs > -torch.inf  # if decided, those that finish
         kth = best.scores.gather(1, width.long() - 1)
         if bool(
@@ -170,6 +171,7 @@ def _fake(
     limit_tensors: list[Tensor],
     bound: Tensor,
     end_penalty: Tensor | None,
+    end_scores: Tensor | None,
     best_possible: Tensor | None,
     pad_id: int,
     decided: bool,
@@ -186,8 +188,8 @@ def _fake(
 _op = register(
     "advance_pool_(Tensor logits, Tensor? bitmask, Tensor? temperature, Tensor? eos, Tensor[] candidates, "
     "Tensor(a!)[] slots, Tensor(b!)[] requests, Tensor(c!)[] history, Tensor(d!)[] pool, Tensor[] limits, "
-    "Tensor(e!) bound, Tensor? end_penalty, Tensor? best_possible, int pad_id, bool decided, bool by_arrival, "
-    "str overflow, bool best_live, bool exact, bool shrinks, bool awaits_best) -> (Tensor, Tensor, Tensor, Tensor)",
+    "Tensor(e!) bound, Tensor? end_penalty, Tensor? end_scores, Tensor? best_possible, int pad_id, "
+    "bool decided, bool by_arrival, str overflow, bool best_live, bool exact, bool shrinks, bool awaits_best) -> (Tensor, Tensor, Tensor, Tensor)",
     _advance_pool,
     _fake,
     "advance_pool",
@@ -210,6 +212,7 @@ def advance_pool_(
     bitmask: Tensor | None = None,
     temperature: Tensor | None = None,
     end_penalty: Tensor | None = None,
+    end_scores: Tensor | None = None,
     finishing: Tensor | None = None,
     best_possible: Tensor | None = None,
 ) -> Moves:
@@ -229,6 +232,8 @@ def advance_pool_(
         bitmask, temperature: as given to ``top_candidates``; the bitmask may bar EOS.
         end_penalty: float32 ``[B, P * n]``, taken from the scores of EOS candidates, parent by parent; ``+inf`` bars
             one.
+        end_scores: float32 ``[B, P * n]``, the scores of EOS candidates before that, parent by parent; ``-inf`` bars
+            one. Default: the score of its parent plus its log-probability.
         finishing: bool ``[B, P * n]``, the EOS candidates that finish, K at most, where the selection has decided that.
             At ``max_length`` all of ``best`` become hypotheses then.
         best_possible: float32 ``[B]``, the most that a beam which lives on can score in the end; ``+inf`` if that is
@@ -254,6 +259,7 @@ def advance_pool_(
             limits,
             bound,
             contiguous(end_penalty),
+            contiguous(end_scores),
             contiguous(best_possible),
             pad_id,
             finishing is not None,

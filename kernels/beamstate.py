@@ -118,10 +118,12 @@ def endings(
     slots: Slots,
     may_end: Tensor,
     penalty: Tensor | None,
+    end_scores: Tensor | None = None,
 ) -> Endings:
-    """The EOS candidates of rows ``logits [B * P, V]``; ``may_end`` is bool ``[B]``, ``penalty`` float32 ``[B, E]``.
+    """The EOS candidates of rows ``logits [B * P, V]``; ``may_end`` is bool ``[B]``.
 
-    An infinite penalty bars a candidate.
+    Their scores are those of their parents plus their own log-probabilities, or ``end_scores`` float32 ``[B, E]``; less
+    ``penalty`` float32 ``[B, E]``. A score of -inf, and an infinite penalty, bar a candidate.
     """
     batch = slots.log_probs.shape[0]
     parents, count = logits.shape[0] // batch, eos.shape[0]
@@ -134,6 +136,9 @@ def endings(
         (field[:, :parents].masked_fill(~open_slots, -torch.inf)[:, :, None] + increment).flatten(1)  # [B, P * n_eos]
         for field in (slots.log_probs, slots.scores)
     )
+    if end_scores is not None:
+        scores = end_scores.masked_fill(log_probs == -torch.inf, -torch.inf)
+        log_probs = log_probs.masked_fill(scores == -torch.inf, -torch.inf)
     if penalty is not None:
         scores = scores - penalty
         log_probs = log_probs.masked_fill(penalty == torch.inf, -torch.inf)

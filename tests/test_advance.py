@@ -325,10 +325,14 @@ class Ranked(NamedTuple):
     increments: torch.Tensor  # float32 [B, P, V]
     adjusted: torch.Tensor  # float32 [B, P, V]
     end_penalty: torch.Tensor | None
+    end_scores: torch.Tensor | None
 
 
-def rank_penalised(state, logits, penalty, bitmask=None, eos_is_penalised=True):
-    """Candidates of rows ``logits [B * P, V]`` under ``penalty [B, P, V]``: everything is sorted."""
+def rank_penalised(state, logits, penalty, bitmask=None, eos_is_penalised=True, eos_is_scored=False):
+    """Candidates of rows ``logits [B * P, V]`` under ``penalty [B, P, V]``: everything is sorted.
+
+    With ``eos_is_scored`` what EOS score less their penalty is told as it is, barring those of infinite penalty.
+    """
     slots, (rows, vocab_size), k = state.slots, logits.shape, state.beam_size
     parents = rows // state.batch_size
     options = {
@@ -348,8 +352,9 @@ def rank_penalised(state, logits, penalty, bitmask=None, eos_is_penalised=True):
     log_probs, scores = (
         torch.where(open_slots, x[:, :parents, None] + increments, -INF) for x in (slots.log_probs, slots.scores)
     )
-    scores = scores - penalty
+    scores, end_scores = scores - penalty, None
     if state.eos is not None:
+        end_scores = scores[:, :, state.eos].flatten(1) if eos_is_scored else None
         scores[:, :, state.eos] = -INF
     parent, token = torch.cartesian_prod(torch.arange(parents), torch.arange(vocab_size)).T
     fields = [x.flatten(1) for x in (scores, log_probs, adjusted)]
@@ -363,8 +368,9 @@ def rank_penalised(state, logits, penalty, bitmask=None, eos_is_penalised=True):
     log_probs, own = log_probs.masked_fill(none, -INF), own.masked_fill(none, -INF)
     parent, token = parent.masked_fill(none, 0), token.masked_fill(none, 0)
     best = select.Candidates(log_probs, parent, token, own, plainly.lse, plainly.flags, scores)
-    end_penalty = penalty[:, :, state.eos].flatten(1) if state.eos is not None and eos_is_penalised else None
-    return Ranked(best, increments, adjusted, end_penalty)
+    eos_is_penalised &= state.eos is not None
+    end_penalty = penalty[:, :, state.eos].flatten(1) if eos_is_penalised else None
+    return Ranked(best, increments, adjusted, end_penalty, end_scores)
 
 
 def some_finish(state, parents, share=0.5):
@@ -383,6 +389,7 @@ def advance(regime, rule, state, logits, ranked, bitmask=None, finishing=None, b
         "bitmask": bitmask,
         "temperature": None if state.temperature is None else state.temperature[:, :parents].flatten(),
         "end_penalty": ranked.end_penalty,
+        "end_scores": ranked.end_scores,
     }
     common = (logits, ranked.best, state.slots, state.requests, state.history)
     if regime == "in_place":
@@ -422,7 +429,7 @@ def run_penalised_search(seed, regime, rule):
         logits = random_logits(rng, 2 * parents, vocab_size)
         mask = pack_bitmask(torch.rand(2 * parents, vocab_size) < 0.8) if rng.random() < 0.3 else None
         penalty = random_penalty(rng, 2, parents, vocab_size)
-        ranked = rank_penalised(state, logits, penalty, mask, eos_is_penalised=rng.random() < 0.8)
+        ranked = rank_penalised(state, logits, penalty, mask, rng.random() < 0.8, rng.random() < 0.3)
         decided = regime == "pool" and state.eos is not None and rng.random() < 0.4
         finishing = some_finish(state, parents) if decided else None
         possible = torch.randn(2) if rng.random() < 0.3 else None
@@ -449,14 +456,16 @@ def test_penalised_wide_beam(regime, decided, compared):
     state = search.init(2)
     for parents in (1, 70, 70):
         logits = torch.randn(2 * parents, 40).round()
-        ranked = rank_penalised(state, logits, torch.randint(-1, 4, (2, parents, 40)) * 0.5)
+        penalty = torch.randint(-1, 4, (2, parents, 40)) * 0.5
+        ranked = rank_penalised(state, logits, penalty, eos_is_scored=parents == 70)
         finishing = some_finish(state, parents) if regime == "pool" and parents == 70 and decided else None
         advance(regime, search.stopping, state, logits, ranked, finishing=finishing)
     assert state.all_done()
 
 
 @pytest.mark.parametrize("regime", REGIMES)
-def test_infinite_penalty_bars_an_eos(regime, compared):
+@pytest.mark.parametrize("scored", [False, True])
+def test_infinite_penalty_bars_an_eos(scored, regime, compared):
     """Not only ranked last: there are fewer candidates than beams, and it is none of them."""
     logits = torch.full((1, 9), -INF)
     logits[0, [2, 4, 5]] = torch.tensor([3.0, 1.0, 2.0])
@@ -464,7 +473,8 @@ def test_infinite_penalty_bars_an_eos(regime, compared):
     state = search.init(1)
     penalty = torch.zeros(1, 1, 9)
     penalty[0, 0, 2] = INF
-    moves = advance(regime, search.stopping, state, logits, rank_penalised(state, logits, penalty))
+    ranked = rank_penalised(state, logits, penalty, None, not scored, scored)
+    moves = advance(regime, search.stopping, state, logits, ranked)
     kept = (
         state.slots.log_probs if regime == "in_place" else torch.cat([state.slots.log_probs, state.pool.log_probs], 1)
     )
@@ -564,7 +574,8 @@ def test_penalised_pool_step_against_python(penalised, decided, rule, compared):
             penalty = torch.randint(0, 4, (2, parents, 9)) * 0.5 if penalised else torch.zeros(2, parents, 9)
             if penalised:
                 penalty[torch.rand(penalty.shape) < 0.1] = INF
-            ranked = rank_penalised(state, logits, penalty, eos_is_penalised=penalised)
+            scored = penalised and seed == 1
+            ranked = rank_penalised(state, logits, penalty, None, penalised and not scored, scored)
             finishing, chosen = None, [None, None]
             if decided:
                 finishing = some_finish(state, parents, 0.8)
@@ -650,7 +661,8 @@ def test_opcheck(full, dtype, regime, device, monkeypatch):
     arguments = pytree.tree_map_only(torch.Tensor, lambda t: t.to(device), arguments)
     declared = DEFINITIONS[regime]._schema.arguments
     if full:
-        arguments[[a.name for a in declared].index("end_penalty")] = torch.ones(2, 6, device=device)
+        for name in ("end_penalty", "end_scores"):
+            arguments[[a.name for a in declared].index(name)] = torch.ones(2, 6, device=device)
     if full and regime == "pool":
         arguments[[a.name for a in declared].index("decided")] = True
     torch.library.opcheck(DEFINITIONS[regime], tuple(arguments))

@@ -67,7 +67,8 @@ class AsGenerate:
         finishing = None
         if expansion.eos is not None:
             rows = (expansion.logits, found.lse, expansion.bitmask, expansion.temperature)
-            ends = endings(*rows, expansion.eos, expansion.slots, limits.min_length <= next_length, penalty)
+            may_end = limits.min_length <= next_length
+            ends = endings(*rows, expansion.eos, expansion.slots, may_end, penalty, ranked.end_scores)
             order = total_order(
                 (found.scores, found.parents, found.adjusted, found.tokens),
                 (ends.scores, ends.parents, ends.adjusted, ends.tokens),
@@ -108,7 +109,7 @@ class AsGenerate:
                 )
             }
         )
-        return Ranked(Candidates(*chosen), penalty, finishing)
+        return Ranked(Candidates(*chosen), penalty, finishing, end_scores=ranked.end_scores)
 
     def settle(self, state: State, rule: Rule) -> None:
         """Put the hypotheses that ended without EOS into the pool, and stop by the ``rule``. In place."""

@@ -19,7 +19,7 @@ def among_double(expansion: Expansion, found: Ranked, k: int) -> Ranked:
         return found._replace(candidates=kept)
     may_end = expansion.limits.min_length <= expansion.requests.steps + 1
     rows = (expansion.logits, best.lse, expansion.bitmask, expansion.temperature)
-    ends = endings(*rows, expansion.eos, expansion.slots, may_end, found.end_penalty)
+    ends = endings(*rows, expansion.eos, expansion.slots, may_end, found.end_penalty, found.end_scores)
     order = total_order(
         (best.scores, best.parents, best.adjusted, best.tokens), (ends.scores, ends.parents, ends.adjusted, ends.tokens)
     )

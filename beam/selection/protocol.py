@@ -63,6 +63,7 @@ class Ranked(NamedTuple):
     finishing: Tensor | None = None  # bool [B, P * n_eos], EOS candidates that finish, if not those among the K best
     bound: Tensor | None = None  # float32 [B], the most that a beam which lives on can score, if norms do not say
     best_tokens: Tensor | None = None  # float32 [R, 1], log-probability of the best token that may follow, for terms
+    end_scores: Tensor | None = None  # float32 [B, P * n_eos], what EOS candidates score; -inf bars one
 
     def with_flags(self, flags: Tensor) -> "Ranked":
         """With flags int32 ``[R]`` more."""

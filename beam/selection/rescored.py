@@ -11,9 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flashbeam.kernels import Candidates, Endings, adjust, summarize, token_log_prob, top_candidates, total_order
+from flashbeam.kernels import Candidates, adjust, summarize, token_log_prob, top_candidates, total_order
 
-from .choosing import endings_of
 from .protocol import Expansion, Ranked
 
 # what a CPU scores at a time: memory that is new to it costs as much as arithmetic does, and a mask ten times as much
@@ -112,10 +111,9 @@ def ranked_by(expansion: Expansion, rows: Rows, scores_of: Tensor | Callable[[sl
     increments = token_log_prob(adjusted, rows.lse.view(batch, parents).gather(1, parent))
     log_probs = (expansion.slots.log_probs.gather(1, parent) + increments).masked_fill(none, -torch.inf)
     chosen = Candidates(log_probs, parent, tokens, adjusted, rows.lse, rows.flags, kept)
-    ends = endings_of(expansion, rows.lse)
-    if ends is None:
+    if expansion.eos is None:
         return Ranked(chosen)
-    return Ranked(chosen, penalty_of_ends(ends, scores[:, expansion.eos].view(batch, -1)))
+    return Ranked(chosen, end_scores=scores[:, expansion.eos].view(batch, -1))
 
 
 def _beside(rows: Rows, ranks: Tensor, last: Tensor) -> Tensor:
@@ -131,12 +129,6 @@ def _beside(rows: Rows, ranks: Tensor, last: Tensor) -> Tensor:
 def _no_nan(x: Tensor) -> Tensor:
     """``x`` with -inf for NaN."""
     return x.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
-
-
-def penalty_of_ends(ends: Endings, scores: Tensor) -> Tensor:
-    """What is to be taken from the EOS candidates, float32 ``[B, P * n_eos]``, to leave them with ``scores``."""
-    there = (ends.log_probs > -torch.inf) & (scores > -torch.inf)
-    return (ends.scores - scores).masked_fill(~there, torch.inf)
 
 
 def _top_of_rows(expansion: Expansion, active: Tensor, values: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -26,7 +26,7 @@ def vetoed(expansion: Expansion, veto: Veto, k: int, best: Callable[[Expansion, 
     if expansion.eos is not None:
         may_end = expansion.limits.min_length <= expansion.requests.steps + 1
         rows = (expansion.logits, found.lse, expansion.bitmask, expansion.temperature)
-        ends = endings(*rows, expansion.eos, expansion.slots, may_end, end_penalty)
+        ends = endings(*rows, expansion.eos, expansion.slots, may_end, end_penalty, ranked.end_scores)
         shown.append((ends.parents, ends.tokens, ends.log_probs))
     parents, tokens, log_probs = (torch.cat(fields, 1) for fields in zip(*shown, strict=True))
     barred = veto.ask(Proposed(first_row + parents, tokens, log_probs))

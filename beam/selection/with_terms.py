@@ -12,7 +12,7 @@ from flashbeam.kernels import Endings, token_log_prob
 from ..scoring.terms import Terms
 from .choosing import endings_of
 from .protocol import Expansion, Ranked
-from .rescored import penalty_of_ends, ranked_by, rows_of
+from .rescored import ranked_by, rows_of
 from .siblings import best_children, rank_again
 from .vetoed import vetoed
 
@@ -41,11 +41,10 @@ def _of_children(expansion: Expansion, terms: Terms, k: int) -> Ranked:
     candidates = rank_again(found, scores, k, expansion.divisor)
     if found.ends is None:
         return Ranked(candidates, best_tokens=best)
-    ends = found.ends
-    of_rows = (field.reshape(best.shape[0], -1) for field in (ends.tokens, ends.token_log_probs, ends.log_probs))
-    tokens, token_log_probs, log_probs = of_rows
-    scores = terms.scores(log_probs, terms.seen(tokens, token_log_probs, best)).view(batch, -1)
-    return Ranked(candidates, penalty_of_ends(ends, scores), best_tokens=best)
+    fields = found.ends.tokens, found.ends.token_log_probs, found.ends.log_probs
+    tokens, token_log_probs, log_probs = (field.reshape(best.shape[0], -1) for field in fields)
+    end_scores = terms.scores(log_probs, terms.seen(tokens, token_log_probs, best)).view(batch, -1)
+    return Ranked(candidates, best_tokens=best, end_scores=end_scores)
 
 
 def _of_all(expansion: Expansion, terms: Terms, k: int) -> Ranked:

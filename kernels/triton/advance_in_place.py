@@ -47,6 +47,7 @@ def _advance_in_place_kernel(
     length_norm_ptr,
     bound_norm_ptr,
     penalty_ptr,  # *f32 [B, E] or unused
+    given_scores_ptr,  # *f32 [B, E] or unused
     # Moves, the outputs
     out_tokens_ptr,
     out_parents_ptr,
@@ -69,6 +70,7 @@ def _advance_in_place_kernel(
     HAS_BITMASK: tl.constexpr,
     HAS_TEMPERATURE: tl.constexpr,
     HAS_PENALTY: tl.constexpr,
+    HAS_SCORES: tl.constexpr,
     N_EOS: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -119,6 +121,7 @@ def _advance_in_place_kernel(
             scores_ptr + base,
             active_ptr + base,
             penalty_ptr + request * n_ends,
+            given_scores_ptr + request * n_ends,
             end_log_probs_ptr,
             end_scores_ptr,
             end_increments_ptr,
@@ -132,6 +135,7 @@ def _advance_in_place_kernel(
             HAS_BITMASK,
             HAS_TEMPERATURE,
             HAS_PENALTY,
+            HAS_SCORES,
             N_EOS,
             BLOCK,
         )
@@ -236,6 +240,7 @@ def launch_advance_in_place_(
     history: list[Tensor],
     limits: list[Tensor],
     end_penalty: Tensor | None,
+    end_scores: Tensor | None,
     pad_id: int,
 ) -> Moves:
     out = fake_moves(candidates)
@@ -260,6 +265,7 @@ def launch_advance_in_place_(
         *history,
         *limits,
         logits if end_penalty is None else end_penalty,
+        logits if end_scores is None else end_scores,
         *out,
         keys,
         floats,
@@ -275,6 +281,7 @@ def launch_advance_in_place_(
         HAS_BITMASK=bitmask is not None,
         HAS_TEMPERATURE=temperature is not None,
         HAS_PENALTY=end_penalty is not None,
+        HAS_SCORES=end_scores is not None,
         N_EOS=n_eos,
         BLOCK=64 if wide else 32,
         BLOCK_K=triton.next_power_of_2(beams),

@@ -59,6 +59,7 @@ def _advance_pool_kernel(
     bound_norm_ptr,
     bound_ptr,  # *f32 [B], modified
     penalty_ptr,  # *f32 [B, E] or unused
+    given_scores_ptr,  # *f32 [B, E] or unused
     best_possible_ptr,  # *f32 [B] or unused
     # Moves, the outputs
     out_tokens_ptr,
@@ -82,6 +83,7 @@ def _advance_pool_kernel(
     HAS_BITMASK: tl.constexpr,
     HAS_TEMPERATURE: tl.constexpr,
     HAS_PENALTY: tl.constexpr,
+    HAS_SCORES: tl.constexpr,
     HAS_POSSIBLE: tl.constexpr,
     N_EOS: tl.constexpr,
     DECIDED: tl.constexpr,
@@ -147,6 +149,7 @@ def _advance_pool_kernel(
             scores_ptr + request * beams,
             active_ptr + request * beams,
             penalty_ptr + request * n_ends,
+            given_scores_ptr + request * n_ends,
             end_log_probs_ptr,
             end_scores_ptr,
             end_increments_ptr,
@@ -160,6 +163,7 @@ def _advance_pool_kernel(
             HAS_BITMASK,
             HAS_TEMPERATURE,
             HAS_PENALTY,
+            HAS_SCORES,
             N_EOS,
             BLOCK,
         )
@@ -311,6 +315,7 @@ def launch_advance_pool_(
     limits: list[Tensor],
     bound: Tensor,
     end_penalty: Tensor | None,
+    end_scores: Tensor | None,
     best_possible: Tensor | None,
     pad_id: int,
     decided: bool,
@@ -345,6 +350,7 @@ def launch_advance_pool_(
         *limits,
         bound,
         logits if end_penalty is None else end_penalty,
+        logits if end_scores is None else end_scores,
         logits if best_possible is None else best_possible,
         *out,
         keys,
@@ -361,6 +367,7 @@ def launch_advance_pool_(
         HAS_BITMASK=bitmask is not None,
         HAS_TEMPERATURE=temperature is not None,
         HAS_PENALTY=end_penalty is not None,
+        HAS_SCORES=end_scores is not None,
         HAS_POSSIBLE=best_possible is not None,
         N_EOS=n_eos,
         DECIDED=decided,

@@ -25,6 +25,7 @@ def write_endings(
     slot_scores_ptr,
     active_ptr,
     penalty_ptr,  # *f32 [E] or unused
+    given_scores_ptr,  # *f32 [E] or unused
     # outputs, of the request
     log_probs_ptr,  # *f32 [E]
     scores_ptr,  # *f32 [E]
@@ -41,6 +42,7 @@ def write_endings(
     HAS_BITMASK: tl.constexpr,
     HAS_TEMPERATURE: tl.constexpr,
     HAS_PENALTY: tl.constexpr,
+    HAS_SCORES: tl.constexpr,
     N_EOS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -64,6 +66,10 @@ def write_endings(
         increment = token_log_prob(adjusted, tl.load(lse_ptr + parent, mask=inside, other=0.0))
         log_prob = tl.load(slot_log_probs_ptr + parent, mask=open_slot, other=-float("inf")) + increment
         score = tl.load(slot_scores_ptr + parent, mask=open_slot, other=-float("inf")) + increment
+        if HAS_SCORES:
+            given = tl.load(given_scores_ptr + place, mask=inside, other=-float("inf"))
+            score = tl.where(log_prob > -float("inf"), given, -float("inf"))
+            log_prob = tl.where(given == -float("inf"), -float("inf"), log_prob)
         if HAS_PENALTY:
             penalty = tl.load(penalty_ptr + place, mask=inside, other=0.0)
             score = score - penalty
