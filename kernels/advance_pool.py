@@ -189,7 +189,8 @@ _op = register(
     "advance_pool_(Tensor logits, Tensor? bitmask, Tensor? temperature, Tensor? eos, Tensor[] candidates, "
     "Tensor(a!)[] slots, Tensor(b!)[] requests, Tensor(c!)[] history, Tensor(d!)[] pool, Tensor[] limits, "
     "Tensor(e!) bound, Tensor? end_penalty, Tensor? end_scores, Tensor? best_possible, int pad_id, "
-    "bool decided, bool by_arrival, str overflow, bool best_live, bool exact, bool shrinks, bool awaits_best) -> (Tensor, Tensor, Tensor, Tensor)",
+    "bool decided, bool by_arrival, str overflow, bool best_live, bool exact, bool shrinks, bool awaits_best) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
     _advance_pool,
     _fake,
     "advance_pool",
