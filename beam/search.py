@@ -146,10 +146,10 @@ class BeamSearch:
     @staticmethod
     def check_lengths(lows: list[Any], highs: list[Any], scorings: list[Scoring]) -> None:
         """Length limits and norms per request that go together; limits may still be functions of the source."""
-        for low, high, scoring in zip(lows, highs, scorings, strict=True):
+        for low, high in zip(lows, highs, strict=True):
             if not callable(low) and not callable(high) and low > high:
                 raise ValueError(f"min_length: expected at most max_length, {high}, got {low}")
-            check_norms("length_penalty", scoring, 1 if callable(high) else high)
+        check_norms("length_penalty", scorings, [1 if callable(high) else high for high in highs])
 
     def _check_regime(self) -> None:
         """What finished hypotheses that stay in their slots ask of the other arguments."""

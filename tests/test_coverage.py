@@ -90,6 +90,22 @@ def test_padding_and_company_change_no_bit(kind):
                 assert torch.equal(getattr(alone, name)[0], getattr(together, name)[b]), (name, size)
 
 
+@pytest.mark.parametrize("kind", ["gnmt", "summary"])
+def test_the_order_of_the_source_changes_no_bit(kind):
+    """So that no device's way to add it up can."""
+    generator = torch.Generator().manual_seed(0)
+    attention = torch.rand(5, 4, 1000, generator=generator) ** 8
+    order = torch.randperm(1000, generator=generator)
+    found = []
+    for paid in (attention, attention[:, :, order]):
+        search = fb.BeamSearch(4, 5, EOS, length_penalty=0, terms=fb.Coverage(1.0, kind), stopping=fb.Exhausted())
+        state = search.init(1)
+        for step, rows in enumerate(paid):
+            search.step(state, torch.randn(4, 50, generator=torch.Generator().manual_seed(step)), attention=rows)
+        found.append(search.finalize(state))
+    assert torch.equal(found[0].scores, found[1].scores) and torch.equal(found[0].tokens, found[1].tokens)
+
+
 def test_exact_stopping_returns_what_exhaustion_does():
     for seed in range(12):
         model = oracle.AttendingLM(TableLM(6, seed, eos=[EOS], eos_bias=1.0), {5: 2, 6: 4, 7: 3}, seed=seed)

@@ -12,6 +12,7 @@ from .protocol import Seen
 from .rates import on_rows
 
 _LEAST = torch.finfo(torch.float32).tiny  # coverage of a position that was never attended to
+_PER_UNIT = 2.0**32  # what is summed over the source is a multiple of its inverse
 
 
 class Covered(NamedTuple):
@@ -83,5 +84,9 @@ class Coverage:
 
 
 def _sum(values: Tensor) -> Tensor:
-    """Over the source, term by term: padding changes no bit."""
-    return values.cumsum(2)[:, :, -1].float()
+    """Over the source, of ``values [R, 1, S]`` as multiples of 2^-32.
+
+    Float64 sums of whole numbers below 2^53 are exact: neither padding nor the order changes a bit, which on a GPU may
+    depend on the number of rows.
+    """
+    return ((values.double() * _PER_UNIT).round().sum(2) / _PER_UNIT).float()

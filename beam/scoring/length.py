@@ -34,7 +34,7 @@ class LengthPower:
     offset: int = 0
 
     def __post_init__(self) -> None:
-        finite_number("alpha", self.alpha)
+        object.__setattr__(self, "alpha", finite_number("alpha", self.alpha))  # a power of ints is an int of any size
         whole_number(0)("offset", self.offset)
 
     def norm(self, length: int) -> float:
@@ -55,7 +55,7 @@ class GNMT:
     offset: int = 0
 
     def __post_init__(self) -> None:
-        finite_number("alpha", self.alpha)
+        object.__setattr__(self, "alpha", finite_number("alpha", self.alpha))
         whole_number(0)("offset", self.offset)
 
     def norm(self, length: int) -> float:
@@ -73,15 +73,25 @@ def as_scoring(name: str, given: Any) -> Scoring:
         raise TypeError(f"{name}: expected a number or fb.GNMT(alpha), got {type(given).__name__}") from None
 
 
-def check_norms(name: str, scoring: Scoring, max_length: int) -> None:
-    """The norms of all lengths are float32 numbers above 0."""
-    for length in (1, max_length):
-        try:
-            norm = scoring.norm(length)
-        except OverflowError:
-            norm = float("inf")
-        if not 1e-37 < norm < 1e37:
-            raise ValueError(f"{name}: expected a norm between 1e-37 and 1e37 for length {length}, got {norm:g}")
+def check_norms(name: str, scorings: list[Scoring], max_lengths: list[int]) -> None:
+    """The norms of all lengths up to ``max_lengths``, one per scoring, are float32 numbers above 0."""
+    longest: dict[Any, tuple[Scoring, int]] = {}
+    for scoring, high in zip(scorings, max_lengths, strict=True):
+        _, other = longest.get(_key(scoring), (scoring, 0))
+        longest[_key(scoring)] = scoring, max(high, other)
+    for scoring, high in longest.values():
+        for length in range(1, high + 1):
+            try:
+                norm = scoring.norm(length)
+            except OverflowError:
+                norm = float("inf")
+            if not 1e-37 < norm < 1e37:
+                raise ValueError(f"{name}: expected a norm between 1e-37 and 1e37 for length {length}, got {norm:g}")
+
+
+def _key(scoring: Scoring) -> Any:
+    """Equal for scorings that are the same; one of the user's own is the same as itself."""
+    return scoring if type(scoring) in (LengthPower, GNMT) else id(scoring)
 
 
 def _norm_of_nothing(scoring: Scoring) -> float:
@@ -108,18 +118,17 @@ def norm_tables(
     """The tables of requests with these scorings and limits; without ``counts_eos`` an EOS is no part of the length."""
     top = max(max_lengths)
     tables = NormTables(*(np.ones((len(scorings), top + 1), np.float32) for _ in range(3)))
-    rows: dict[tuple[Scoring, int, int], int] = {}
-    for b, request in enumerate(zip(scorings, min_lengths, max_lengths, strict=True)):
-        if request in rows:
+    rows: dict[tuple[Any, int, int], int] = {}
+    for b, (scoring, low, high) in enumerate(zip(scorings, min_lengths, max_lengths, strict=True)):
+        first_row = rows.setdefault((_key(scoring), low, high), b)
+        if first_row != b:
             for table in tables:
-                table[b] = table[rows[request]]
+                table[b] = table[first_row]
             continue
-        rows[request] = b
-        scoring, low, high = request
         live, ended, bound = (table[b] for table in tables)
-        live[1:] = [scoring.norm(length) for length in range(1, top + 1)]
+        live[1 : high + 1] = [scoring.norm(length) for length in range(1, high + 1)]  # no longer ones are reached
         ended[1:] = live[1:] if counts_eos else [_norm_of_nothing(scoring), *live[1:-1]]
-        for n in range(top + 1):
-            first = min(max(n + 1, low), high)
-            bound[n] = max(ended[first : high + 1].max(), live[high])
+        greatest = np.maximum.accumulate(ended[high:0:-1])[::-1]  # of lengths from 1 on, to the end
+        shortest = np.clip(np.arange(1, top + 2), max(low, 1), high)
+        bound[:] = np.maximum(greatest[shortest - 1], live[high])
     return tables
