@@ -153,8 +153,8 @@ class LookupModel(PreTrainedModel, GenerationMixin):
             output = Seq2SeqLMOutput
         return output(logits=self.lookup.rows(requests.tolist(), [tuple(y) for y in prefixes.tolist()])[:, None])
 
-    def n_best(self, **options) -> list[list[tuple[Tokens, float]]]:
-        """What ``generate`` returns for every request: tokens up to EOS, and scores."""
+    def n_best(self, **options) -> list[list[tuple]]:
+        """What ``generate`` returns for every request: tokens up to EOS, and scores where there is more than a beam."""
         prompts = torch.arange(SEEDS * PROMPTS)[:, None].repeat(1, self.lookup.shape.prompt)
         start = {"decoder_start_token_id": START} if self.lookup.shape.encoder else {}
         beams = options["num_beams"]
@@ -171,6 +171,8 @@ class LookupModel(PreTrainedModel, GenerationMixin):
         )
         begin = 1 if self.lookup.shape.encoder else self.lookup.shape.prompt
         hypotheses = [until(tokens, options["eos_token_id"]) for tokens in out.sequences[:, begin:].tolist()]
+        if beams == 1:  # greedy decoding reports no score
+            return [[(tokens,)] for tokens in hypotheses]
         found = list(zip(hypotheses, out.sequences_scores.tolist(), strict=True))
         return [found[b : b + beams] for b in range(0, len(found), beams)]
 

@@ -8,6 +8,7 @@ from functools import cache
 from itertools import product
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -73,6 +74,7 @@ HUGGINGFACE = [
         (
             {"num_beams": 3, "max_new_tokens": 7, "eos_token_id": EOS, "min_new_tokens": 0},
             {"num_beams": 2, "max_new_tokens": 5, "eos_token_id": ENDS, "min_new_tokens": 2},
+            {"num_beams": 1, "max_new_tokens": 7, "eos_token_id": EOS, "min_new_tokens": 0},
         ),
     )
 ]
@@ -219,6 +221,34 @@ def test_fairseq_lengths_that_follow_the_source() -> None:
         ]
 
 
+@pytest.mark.parametrize("unkpen", [-3.0, -0.7, 0.5])
+def test_fairseq_that_favours_unknown_words_is_exact_where_it_says_so(unkpen: float) -> None:
+    """Below 0 scores may rise, so that nothing bounds them."""
+    rows = torch.randn(997, 12, generator=torch.Generator().manual_seed(0)) * 2
+    rows[:, EOS] += 2
+
+    def model(tokens, cache):
+        cache = tokens if cache is None else (cache * 31 + tokens + 1) % 997
+        return rows[cache], cache
+
+    def run(stopping=None) -> fb.Hypotheses:
+        search = fb.presets.fairseq(4, unkpen=unkpen, unk=UNK, eos=EOS, pad=PAD, max_len_b=10, min_len=0)
+        search.stopping = stopping or search.stopping
+        return fb.decode(search, model, torch.arange(300), num_hypotheses=1)
+
+    early, whole = run(), run(fb.Exhausted())
+    same = ((early.tokens == whole.tokens).all(2) & (early.scores == whole.scores))[:, 0]
+    assert same[early.exact].all() and (unkpen < 0 or early.exact.any())
+
+
+def test_an_unknown_word_is_one_of_the_vocabulary() -> None:
+    search = fb.presets.fairseq(2, unkpen=0.5, unk=30, max_len_b=3)
+    state = search.init(1)
+    with pytest.raises(ValueError, match="unk: expected an id inside the vocabulary of 10, got 30"):
+        search.step(state, torch.randn(1, 10))
+    search.step(state, torch.randn(1, 31))  # nothing had changed
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # vLLM
 
@@ -327,20 +357,104 @@ def test_what_is_elsewhere_is_taken_where_it_does_nothing_and_refused_with_advic
             lambda: fb.presets.ctranslate2(2, 2.0, 0.0, num_hypotheses=3),
             "num_hypotheses: expected at most beam_size, for",
         ),
+        (lambda: fb.presets.huggingface(2, [4, 6], EOS, min_new_tokens=5), "min_new_tokens: expected at most 4, got 5"),
+        (
+            lambda: fb.presets.huggingface(2, 4, EOS, min_new_tokens=[0, 5]),
+            r"min_new_tokens\[1\]: expected at most 4, got 5",
+        ),
+        (
+            lambda: fb.presets.huggingface(2, [4, 4], EOS, min_new_tokens=[0, 1, 2]),
+            "max_new_tokens: expected as many values as min_new_tokens, 3, got 2",
+        ),
+        (
+            lambda: fb.presets.huggingface([2, 2, 2], [4, 4], EOS),
+            "max_new_tokens: expected as many values as num_beams, 3, got 2",
+        ),
+        (
+            lambda: fb.presets.huggingface(2, [3, 4], EOS, min_new_tokens=3, constraint=[None] * 3),
+            "constraint: expected one value per request, 2, got 3",
+        ),
+        (lambda: fb.presets.huggingface(0), "num_beams: expected an int >= 1, got 0"),
+        (lambda: fb.presets.huggingface(2, 0), "max_new_tokens: expected an int >= 1, got 0"),
+        (lambda: fb.presets.huggingface(2, [4, 0]), r"max_new_tokens\[1\]: expected an int >= 1, got 0"),
+        (lambda: fb.presets.huggingface(2, 4, [1, -1]), r"eos_token_id\[1\]: expected an int >= 0, got -1"),
+        (lambda: fb.presets.huggingface(2, 4, 1, pad_token_id=-1), "pad_token_id: expected an int >= 0, got -1"),
+        (lambda: fb.presets.vllm(0, 4, 1, 3), "beam_width: expected an int >= 1, got 0"),
+        (lambda: fb.presets.vllm(2, 0, 1, 3), "max_tokens: expected an int >= 1, got 0"),
+        (lambda: fb.presets.vllm(2, 4, -1, 3), "eos_token_id: expected an int >= 0, got -1"),
+        (
+            lambda: fb.presets.vllm([2, 3], 4, 1, [3, 4, 5]),
+            "prompt_lengths: expected as many values as beam_width, 2, got 3",
+        ),
+        (lambda: fb.presets.t5x(0), "num_decodes: expected an int >= 1, got 0"),
+        (
+            lambda: fb.presets.t5x([2, 3], prompt_lengths=[1, 1, 1]),
+            "prompt_lengths: expected as many values as num_decodes, 2, got 3",
+        ),
+        (lambda: fb.presets.ctranslate2(2, end_token=-1), "end_token: expected an int >= 0, got -1"),
+        (lambda: fb.presets.fairseq(0), "beam: expected an int >= 1, got 0"),
+        (lambda: fb.presets.fairseq(2, pad=-1), "pad: expected an int >= 0, got -1"),
+        (lambda: fb.presets.fairseq(2, max_len_a=1.0, min_len=-3), "min_len: expected an int >= 0, got -3"),
     ],
 )
 def test_bad_arguments_are_named(make, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=f"^{message}"):
         make()
 
 
-def test_requests_may_differ() -> None:
-    lookup = lookup_of(SHAPES[3])
+def test_bad_types_are_named() -> None:
+    for a in (0.0, 1.0):
+        with pytest.raises(TypeError, match=r"^min_len: expected an int >= 0, got str$"):
+            fb.presets.fairseq(max_len_a=a, min_len="x")
+    with pytest.raises(TypeError, match=r"^eos_token_id: expected an int >= 0, got str$"):
+        fb.presets.huggingface(2, 4, "beam_size")
+
+
+@pytest.mark.parametrize("early_stopping", [True, False, "never"])
+def test_requests_may_differ(early_stopping: bool | str) -> None:
+    lookup, given = lookup_of(SHAPES[3]), {"eos_token_id": EOS, "early_stopping": early_stopping}
     sizes = [{"num_beams": 1 + b % 3, "max_new_tokens": 3 + b % 4, "min_new_tokens": b % 2} for b in range(REQUESTS)]
+    sizes[1]["min_new_tokens"], sizes[3]["min_new_tokens"] = 4, 6  # EOS may not follow at all
     lists = {name: [size[name] for size in sizes] for name in sizes[0]}
-    together = decoded(fb.presets.huggingface(eos_token_id=EOS, **lists), lookup)
+    together = decoded(fb.presets.huggingface(**given, **lists), lookup)
+    assert together == decoded(
+        fb.presets.huggingface(**given, **{k: torch.tensor(v) for k, v in lists.items()}), lookup
+    )
     for b, size in enumerate(sizes):
-        assert together[b] == decoded(fb.presets.huggingface(eos_token_id=EOS, **size), lookup)[b]
+        assert together[b] == decoded(fb.presets.huggingface(**given, **size), lookup)[b]
+
+
+@pytest.mark.parametrize(
+    ("low", "high"), [([4, 2], 4), (2, torch.tensor([2, 4])), (torch.tensor([4, 0]), np.array([4, 4])), (3, [3, 3])]
+)
+@pytest.mark.parametrize("constraint", [None, fb.ForbiddenPhrases([[4]]), [None, fb.ForbiddenPhrases([[4]])]])
+def test_a_request_alone_may_not_end(low, high, constraint) -> None:
+    lookup = lookup_of(SHAPES[1])
+
+    def n_best(preset, **given) -> list:
+        hyps = fb.decode(preset(constraint=constraint, **given), lookup, torch.arange(2))
+        return [hyps.tokens[b, :, : hyps.lengths[b].max()].tolist() for b in range(2)]
+
+    def each(preset, names) -> list:
+        lows, highs = (torch.as_tensor(x).expand(2).tolist() for x in (low, high))
+        return [
+            n_best(preset, **dict(zip(names, pair, strict=True)))[b]
+            for b, pair in enumerate(zip(lows, highs, strict=True))
+        ]
+
+    for preset, names in (
+        (hf_of_two, ("min_new_tokens", "max_new_tokens")),
+        (ct2_of_two, ("min_length", "max_length")),
+    ):
+        assert n_best(preset, **dict(zip(names, (low, high), strict=True))) == each(preset, names)
+
+
+def hf_of_two(**given) -> fb.BeamSearch:
+    return fb.presets.huggingface(2, eos_token_id=EOS, **given)
+
+
+def ct2_of_two(**given) -> fb.BeamSearch:
+    return fb.presets.ctranslate2(2, end_token=EOS, **given)
 
 
 def test_a_constraint_of_ones_own_joins_what_a_preset_bars() -> None:

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from ..arguments import finite_number, positive_number, whole_number
+from ..arguments import PerRequest, finite_number, length_limit, positive_number, token_ids, whole_number
 from ..search import BeamSearch
 from ..stopping import BestFinished, Patience, Stopping
-from .arguments import Elsewhere, barring, ending_after, refuse
+from .arguments import Elsewhere, ending_after, refuse
 
 _SAMPLING = "BeamSearch(selection=fb.Sample(seed, top_k, top_p)), or fb.Stochastic(seed)"
 _ELSEWHERE = {
@@ -89,16 +89,20 @@ def ctranslate2(
     count, alpha = whole_number(1)("num_hypotheses", num_hypotheses), finite_number("length_penalty", length_penalty)
     rule = _Rounded(positive_number("patience", patience), overflow="step")
     stopping: Stopping = rule if alpha else BestFinished(count)
-    low, barred = ending_after("min_length", min_length, max_length, end_token)
+    low, high = (
+        PerRequest("min_length", min_length, whole_number(0)),
+        PerRequest("max_length", max_length, length_limit(1)),
+    )
+    least, constraint = ending_after(low, high, token_ids("end_token", end_token), constraint)
     search = BeamSearch(
         beam_size,
         max_length,
         end_token,
         pad_id=pad_id,
-        min_length=low,
+        min_length=least,
         length_penalty=alpha,
         stopping=stopping,
-        constraint=barring(constraint, barred),
+        constraint=constraint,
         normalize="allowed",
         vocab_size=vocab_size,
     )

@@ -3,13 +3,15 @@
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from ..arguments import finite_number, whole_number
 from ..dialect import Dialect
 from ..search import BeamSearch
 from ..selection import Expansion, Ranked
 from ..selection.rescored import ranked_by, rows_of
 from ..stopping import Patience
-from .arguments import Elsewhere, barring, refuse
+from .arguments import Elsewhere, barring, in_terms_of_peer, refuse
 
 _SAMPLING = "BeamSearch(selection=fb.Sample(seed, top_k, top_p))"
 _ELSEWHERE = {
@@ -48,11 +50,17 @@ class _Penalised:
 
     def select(self, expansion: Expansion, k: int) -> Ranked:
         """See :class:`flashbeam.selection.Selection`."""
+        if self.token >= expansion.vocab_size:
+            vocab_size = expansion.vocab_size
+            raise ValueError(f"unk: expected an id inside the vocabulary of {vocab_size}, got {self.token}")
         rows = rows_of(expansion)
         increments = rows.token_log_probs()
         increments[:, self.token] -= self.penalty
         before = expansion.slots.scores[:, : expansion.parents].reshape(-1, 1)
-        return ranked_by(expansion, rows, before + increments, k)
+        found = ranked_by(expansion, rows, before + increments, k)
+        if self.penalty > 0:
+            return found
+        return found._replace(bound=torch.full_like(found.candidates.scores[:, 0], torch.inf))  # scores may rise
 
 
 @dataclass(frozen=True)
@@ -112,21 +120,22 @@ def fairseq(
     """
     refuse("fairseq", elsewhere, _ELSEWHERE)
     a, b = finite_number("max_len_a", max_len_a), whole_number(0)("max_len_b", max_len_b)
-    if a == 0 and whole_number(0)("min_len", min_len) > b:
+    if whole_number(0)("min_len", min_len) > b and a == 0:
         raise ValueError(f"min_len: expected at most max_len_b, {b}, got {min_len}")
     limit = _Limit(a, b)
     penalty = finite_number("unkpen", unkpen)
-    return BeamSearch(
-        beam,
-        limit if a != 0 else limit(0),
-        whole_number(0)("eos", eos),
-        pad_id=pad,
-        min_length=min_len + 1 if min_len > 0 else 0,
-        length_penalty=0.0 if unnormalized else finite_number("lenpen", lenpen),
-        stopping=Patience(1.0, overflow="never"),
-        selection=None if penalty == 0 else _Penalised(whole_number(0)("unk", unk), penalty),
-        constraint=barring(constraint, [pad]),
-        temperature=temperature,
-        vocab_size=vocab_size,
-        dialect=Dialect(at_max_length="end"),
-    )
+    with in_terms_of_peer(beam_size="beam", max_length="max_len_b", min_length="min_len", length_penalty="lenpen"):
+        return BeamSearch(
+            beam,
+            limit if a != 0 else limit(0),
+            whole_number(0)("eos", eos),
+            pad_id=whole_number(0)("pad", pad),
+            min_length=min_len + 1 if min_len > 0 else 0,
+            length_penalty=0.0 if unnormalized else finite_number("lenpen", lenpen),
+            stopping=Patience(1.0, overflow="never"),
+            selection=None if penalty == 0 else _Penalised(whole_number(0)("unk", unk), penalty),
+            constraint=barring(constraint, [pad]),
+            temperature=temperature,
+            vocab_size=vocab_size,
+            dialect=Dialect(at_max_length="end"),
+        )

@@ -1,11 +1,15 @@
 """Hugging Face transformers: ``generate(num_beams=...)``."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
+from flashbeam.kernels import Rule
+
+from ..arguments import PerRequest, length_limit, token_ids, whole_number
 from ..search import BeamSearch
 from ..stopping import BestLive, Exact, Filled, Stopping
-from .arguments import Elsewhere, barring, ending_after, refuse
+from .arguments import Elsewhere, ending_after, in_terms_of_peer, refuse
 
 _BEAMS_ARE_NOT_SAMPLED = "transformers reads it only where do_sample=True: fb.Sample, fb.Stochastic"
 _ELSEWHERE = {
@@ -35,6 +39,22 @@ _ELSEWHERE = {
 }
 
 
+@dataclass(frozen=True)
+class _OrGreedy:
+    """A rule for beams; a beam of one is greedy search and done with its first EOS, whatever the rule."""
+
+    beams: Stopping
+
+    @property
+    def rule(self) -> Rule:
+        """That of beams."""
+        return self.beams.rule
+
+    def quota(self, beam_size: int) -> int | None:
+        """1 for a beam of one."""
+        return 1 if beam_size == 1 else self.beams.quota(beam_size)
+
+
 def huggingface(
     num_beams: Any = 1,
     max_new_tokens: Any = 20,
@@ -55,7 +75,7 @@ def huggingface(
     ``log_prob / length ** length_penalty``, EOS counted and the prompt not; at ``max_new_tokens`` live beams join it.
 
     Args:
-        num_beams: K [B].
+        num_beams: K [B]; 1 is greedy search, done at its first EOS whatever ``early_stopping`` says.
         max_new_tokens: most tokens, EOS included [B].
         eos_token_id: one or several.
         length_penalty: the exponent [B].
@@ -87,16 +107,26 @@ def huggingface(
     if pad_token_id is None:
         first = eos_token_id[0] if isinstance(eos_token_id, Sequence) and eos_token_id else eos_token_id
         pad_token_id = first if isinstance(first, int) else 0
-    min_length, barred = ending_after("min_new_tokens", min_new_tokens, max_new_tokens, eos_token_id)
-    return BeamSearch(
-        num_beams,
-        max_new_tokens,
-        eos_token_id,
-        pad_id=pad_token_id,
-        min_length=min_length,
-        length_penalty=length_penalty,
-        stopping=stopping,
-        constraint=barring(constraint, barred),
-        normalize="allowed" if renormalize_logits else "vocab",
-        vocab_size=vocab_size,
-    )
+    with in_terms_of_peer(
+        beam_size="num_beams",
+        max_length="max_new_tokens",
+        min_length="min_new_tokens",
+        eos_id="eos_token_id",
+        pad_id="pad_token_id",
+    ):
+        widths = PerRequest("num_beams", num_beams, whole_number(1))
+        low = PerRequest("min_new_tokens", min_new_tokens, whole_number(0))
+        high = PerRequest("max_new_tokens", max_new_tokens, length_limit(1))
+        min_length, constraint = ending_after(low, high, token_ids("eos_token_id", eos_token_id), constraint)
+        return BeamSearch(
+            num_beams,
+            max_new_tokens,
+            eos_token_id,
+            pad_id=pad_token_id,
+            min_length=min_length,
+            length_penalty=length_penalty,
+            stopping=_OrGreedy(stopping) if 1 in widths.values else stopping,
+            constraint=constraint,
+            normalize="allowed" if renormalize_logits else "vocab",
+            vocab_size=vocab_size,
+        )

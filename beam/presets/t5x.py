@@ -10,7 +10,7 @@ from ..dialect import Dialect
 from ..scoring import GNMT
 from ..search import BeamSearch
 from ..stopping import Exact
-from .arguments import Elsewhere, refuse
+from .arguments import Elsewhere, count_of, in_terms_of_peer, refuse
 
 _ELSEWHERE = {
     "decode_rng": Elsewhere((None,), "T5X does not read it either"),
@@ -58,14 +58,16 @@ def t5x(
     if max(prompts.values) >= most:
         raise ValueError(f"prompt_lengths: expected below max_decode_len, {most}, got {max(prompts.values)}")
     norms, lengths = [GNMT(alpha, offset=n) for n in prompts.values], [most - n for n in prompts.values]
-    return BeamSearch(
-        num_decodes,
-        lengths[0] if prompts.shared else lengths,
-        eos_id,
-        pad_id=pad_id,
-        length_penalty=norms[0] if prompts.shared else norms,
-        stopping=Exact(),
-        constraint=constraint,
-        vocab_size=vocab_size,
-        dialect=Dialect(finishes="double", at_max_length="spare"),
-    )
+    count_of(PerRequest("num_decodes", num_decodes, whole_number(1)), prompts)
+    with in_terms_of_peer(beam_size="num_decodes", max_length="max_decode_len", length_penalty="alpha"):
+        return BeamSearch(
+            num_decodes,
+            lengths[0] if prompts.shared else lengths,
+            eos_id,
+            pad_id=pad_id,
+            length_penalty=norms[0] if prompts.shared else norms,
+            stopping=Exact(),
+            constraint=constraint,
+            vocab_size=vocab_size,
+            dialect=Dialect(finishes="double", at_max_length="spare"),
+        )

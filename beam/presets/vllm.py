@@ -5,12 +5,12 @@ from typing import Any
 
 from torch import Tensor
 
-from ..arguments import PerRequest, finite_number, whole_number
+from ..arguments import PerRequest, finite_number, length_limit, whole_number
 from ..dialect import Dialect
 from ..scoring import LengthPower
 from ..search import BeamSearch
 from ..stopping import Exhausted
-from .arguments import Elsewhere, refuse
+from .arguments import Elsewhere, count_of, in_terms_of_peer, refuse
 
 _ELSEWHERE = {
     "temperature": Elsewhere(
@@ -67,14 +67,17 @@ def vllm(
         raise ValueError("ignore_eos: expected False where length_penalty is not 0, got True; eos_token_id=None")
     prompts = PerRequest("prompt_lengths", prompt_lengths, whole_number(1))
     norms = [LengthPower(alpha, offset=length) for length in prompts.values]
-    return BeamSearch(
-        beam_width,
-        max_tokens,
-        None if ignore_eos else eos_token_id,
-        pad_id=pad_id,
-        length_penalty=norms[0] if prompts.shared else norms,
-        stopping=Exhausted(),
-        constraint=constraint,
-        vocab_size=vocab_size,
-        dialect=Dialect(finishes="row", counts_eos=False),
-    )
+    widths = PerRequest("beam_width", beam_width, whole_number(1))
+    count_of(widths, PerRequest("max_tokens", max_tokens, length_limit(1)), prompts)
+    with in_terms_of_peer(beam_size="beam_width", max_length="max_tokens", eos_id="eos_token_id"):
+        return BeamSearch(
+            beam_width,
+            max_tokens,
+            None if ignore_eos else eos_token_id,
+            pad_id=pad_id,
+            length_penalty=norms[0] if prompts.shared else norms,
+            stopping=Exhausted(),
+            constraint=constraint,
+            vocab_size=vocab_size,
+            dialect=Dialect(finishes="row", counts_eos=False),
+        )
