@@ -10,8 +10,8 @@ from torch import Tensor
 
 from flashbeam.kernels import pack_bitmask
 
-from .checks import as_attention, as_bitmask, as_bools
 from . import constrained
+from .checks import as_attention, as_bitmask, as_bools
 from .constraint import Bound, Context, Proposed, bind
 from .models.combining import combine, of_groups, rows_given
 from .models.protocol import Combined, Given
