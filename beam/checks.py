@@ -39,9 +39,9 @@ def as_rows(
     if vocab_size > columns:
         raise ValueError(f"vocab_size: expected at most the columns of {name}, {columns}, got {vocab_size}")
     if first:
-        for name, token in [("pad_id", state.pad_id), *(("eos_id", token) for token in eos_ids)]:
+        for argument, token in [("pad_id", state.pad_id), *(("eos_id", token) for token in eos_ids)]:
             if token >= vocab_size:
-                raise ValueError(f"{name}: expected an id inside the vocabulary of {vocab_size}, got {token}")
+                raise ValueError(f"{argument}: expected an id inside the vocabulary of {vocab_size}, got {token}")
     if columns > 1 and logits.stride(-1) != 1:
         raise ValueError(f"{name}: expected unit stride in the last dimension, got strides {logits.stride()}")
     return logits.detach().flatten(0, -2), vocab_size

@@ -604,6 +604,7 @@ def test_a_gate_that_names_no_model_is_a_dead_end():
 
 
 X = torch.zeros(1, 9)
+STRIDED = torch.zeros(1, 18)[:, ::2]
 
 
 @pytest.mark.parametrize(
@@ -672,6 +673,8 @@ def test_settings_are_checked(make, message):
         (fb.Mixture([0.5, 0.5]), (X, X[:, :8]), {}, r"logits\[1\]: expected as many rows and columns as logits\[0\]"),
         (fb.Mixture([0.5, 0.5]), (X, X.expand(4, 9)), {}, r"logits\[1\]: expected as many rows and columns as logits"),
         (fb.Mixture([0.5, 0.5]), (X, None), {}, r"logits\[1\]: expected a tensor, got NoneType"),
+        (None, STRIDED, {}, "logits: expected unit stride in the last dimension, got strides"),
+        (fb.Mixture([0.5, 0.5]), (X, STRIDED), {}, r"logits\[1\]: expected unit stride in the last dimension"),
         (fb.Mixture(), (X, X), {}, r"weights: expected a tensor, as fb.Mixture\(\) has none, got None"),
         (fb.Mixture(), (X, X), {"weights": [[1.0, 2.0]]}, "weights: expected a tensor, got list"),
         (fb.Mixture(), (X, X), {"weights": X[:, :3]}, r"weights: expected shape \[1, 2\] or \[1, 1, 2\], got \[1, 3\]"),

@@ -59,7 +59,7 @@ def count_of(*arguments: PerRequest[Any]) -> int:
 
 
 def barring(constraint: Any, tokens: Sequence[int], where: bool | Sequence[bool] = True) -> Any:
-    """``constraint``, one or a list with one per request, and never any of ``tokens`` in requests ``where`` that is so."""
+    """``constraint``, one or a list with one per request; and never any of ``tokens``, ``where`` that is so."""
     bars = [where] if isinstance(where, bool) else where
     if not tokens or not any(bars):
         return constraint
