@@ -16,7 +16,8 @@ class Dialect:
         at_max_length: of the candidates of the last step, the K best are hypotheses, ended or not (``"compete"``); or
             only EOS is left to choose, at its log-probability (``"end"``); or what has not ended is returned only by
             requests where nothing has finished, ranked by log-probability (``"spare"``).
-        counts_eos: whether the length that a finished hypothesis is normalised by counts its EOS.
+        counts_eos: whether the length that a finished hypothesis is normalised by counts its EOS. Without, an EOS alone
+            has length 0, for which the length norm must be above 0: ``fb.LengthPower(alpha, offset=prompt_length)``.
 
     Raises:
         ValueError, TypeError: ``<argument>: expected X, got Y``.

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from flashbeam.kernels import Moves, advance_chosen_, advance_in_place_, advance_pool_
 
+from .agreement import check_agreement
 from .arguments import PerRequest, length_limit, positive_number, token_ids, whole_number
 from .budget import Budget, spend
 from .compiled import settle
@@ -18,8 +19,7 @@ from .dialect import Dialect
 from .expansion import expand
 from .hypotheses import Hypotheses, collect
 from .models import Models
-from .models.combining import check_models
-from .scoring import LengthPower, Scoring, as_scoring, check_norms
+from .scoring import Scoring, as_scoring
 from .scoring.running import as_terms, follow_terms
 from .selection import Decided, Expansion, Ranked, Selection, TopK
 from .start import start
@@ -52,8 +52,8 @@ class BeamSearch:
         length_penalty: ``score = log_prob / length ** length_penalty``; 0 ranks by log-probability; or
             ``fb.GNMT(alpha)`` [B].
         stopping: ``fb.FirstFinished()``, ``fb.Patience(p)``, ``fb.Exact()`` or ``fb.Exhausted()``; or ``fb.Filled()``,
-            ``fb.BestLive()``, ``fb.BestFinished(n)``, ``fb.Shrinking()``. In place, a request ends when every slot has ended, whichever of the
-            first four but another patience is given.
+            ``fb.BestLive()``, ``fb.BestFinished(n)``, ``fb.Shrinking()``. In place, a request ends when every slot has
+            ended, whichever of the first five but another patience is given.
         finished: ``"pool"``: a finished hypothesis leaves the beam; ``"in_place"``: it stays in its slot and competes;
             ``None``: what the selection asks for.
         selection: how the next beams are chosen; ``fb.TopK()``.
@@ -122,8 +122,6 @@ class BeamSearch:
         self.dialect = Dialect() if dialect is None else dialect
         if not isinstance(self.dialect, Dialect):
             raise TypeError(f"dialect: expected fb.Dialect(...), got {type(dialect).__name__}")
-        if self.dialect.at_max_length == "end" and not self.eos_ids:
-            raise ValueError("eos_id: expected a token to end with, for at_max_length='end', got None")
         self.budget = budget
         if budget is not None and not isinstance(budget, Budget):
             raise TypeError(f"budget: expected fb.Budget(...) or None, got {type(budget).__name__}")
@@ -131,73 +129,8 @@ class BeamSearch:
         if not isinstance(statistics, bool):
             raise TypeError(f"statistics: expected a bool, got {type(statistics).__name__}")
         self.statistics = statistics
-        self._check_selection()
-        self._check_regime()
-        self._check_terms()
         self.models = models
-        check_models(self)
-        batch_sizes = {argument.name: len(argument.values) for argument in self.per_request() if not argument.shared}
-        if len(set(batch_sizes.values())) > 1:
-            name, size = next(iter(batch_sizes.items()))
-            other = next(other for other, n in batch_sizes.items() if n != size)
-            raise ValueError(f"{other}: expected as many values as {name}, {size}, got {batch_sizes[other]}")
-        self.check_lengths(*self._broadcast(self.min_length, self.max_length, self.length_penalty))
-
-    @staticmethod
-    def check_lengths(lows: list[Any], highs: list[Any], scorings: list[Scoring]) -> None:
-        """Length limits and norms per request that go together; limits may still be functions of the source."""
-        for low, high in zip(lows, highs, strict=True):
-            if not callable(low) and not callable(high) and low > high:
-                raise ValueError(f"min_length: expected at most max_length, {high}, got {low}")
-        check_norms("length_penalty", scorings, [1 if callable(high) else high for high in highs])
-
-    def _check_regime(self) -> None:
-        """What finished hypotheses that stay in their slots ask of the other arguments."""
-        if self.finished == "pool":
-            return
-        rule = self.stopping.rule
-        waits = all(self.stopping.quota(width) in (None, width) for width in self.beam_size.values)
-        if not waits or rule.best_live or rule.shrinks or rule.awaits_best:
-            raise ValueError(
-                f"stopping: expected a rule that lets every slot end, for finished='in_place', got {self.stopping!r}"
-            )
-        if self.dialect != Dialect():
-            raise ValueError(f"dialect: expected the default for finished='in_place', got {self.dialect}")
-
-    def _check_terms(self) -> None:
-        """What terms of the score ask of the other arguments."""
-        if not self.terms:
-            return
-        if "terms" not in getattr(self.selection, "uses", ()):
-            name = type(self.selection).__name__
-            raise ValueError(f"terms: expected none with fb.{name}, which does not rank by them, got {self.terms[0]}")
-        dialect = self.dialect
-        if dialect.finishes != "beam" or dialect.at_max_length == "spare" or not dialect.counts_eos:
-            raise ValueError(f"terms: expected none with {self.dialect}, got {self.terms[0]}")
-        for i, term in enumerate(self.terms):
-            if self.stopping.rule.exact and not hasattr(term, "upper"):
-                raise ValueError(f"terms[{i}]: expected a term with a bound for fb.Exact(), got {term}")
-
-    def _check_selection(self) -> None:
-        """What the selection asks of the other arguments."""
-        name = type(self.selection).__name__
-        for width in self.beam_size.values:
-            if width % self.selection.groups:
-                groups = self.selection.groups
-                raise ValueError(f"beam_size: expected a multiple of the {groups} groups of fb.{name}, got {width}")
-        if self.dialect.finishes != "beam" and "finishes" not in getattr(self.selection, "uses", ()):
-            raise ValueError(f"dialect: expected finishes='beam' with fb.{name}, got {self.dialect.finishes!r}")
-        if self.selection.seed is None:
-            return
-        for scoring in self.length_penalty.values:
-            if scoring not in (LengthPower(0.0), LengthPower(1.0)):
-                raise ValueError(
-                    f"length_penalty: expected 0, or the default, with fb.{name}, which ranks no lengths, got {scoring}"
-                )
-        if not isinstance(self.stopping, FirstFinished):
-            raise ValueError(
-                f"stopping: expected the default with fb.{name}, which lets every slot end, got {self.stopping}"
-            )
+        check_agreement(self)
 
     def per_request(self) -> tuple[PerRequest[Any], ...]:
         """The arguments that may differ by request."""
@@ -205,11 +138,6 @@ class BeamSearch:
         extras = () if self.budget is None or self.budget.tokens is None else (self.budget.tokens,)
         rates = (rate for term in self.terms for rate in getattr(term, "per_request", ()))
         return (*numbers, self.constraint, *extras, *rates)
-
-    @staticmethod
-    def _broadcast(*arguments: PerRequest[Any]) -> tuple[list[Any], ...]:
-        size = max(len(argument.values) for argument in arguments)
-        return tuple(argument.of_batch(size) for argument in arguments)
 
     @torch.inference_mode(False)  # a state made under inference mode could not be changed outside it
     def init(

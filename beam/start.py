@@ -11,6 +11,7 @@ from torch import Tensor
 
 from flashbeam.kernels import Draws, History, Limits, Pool, Requests, Slots, root_nodes
 
+from .agreement import check_lengths
 from .arguments import PerRequest, of_source, whole_number
 from .checks import as_request_ids, as_source_lengths
 from .scoring import LengthPower, norm_tables
@@ -41,7 +42,7 @@ def start(
     )
     limits: tuple[PerRequest[Any], ...] = (search.beam_size, search.temperature, search.length_penalty)
     widths, temperatures, scorings = (argument.of_batch(batch_size) for argument in limits)
-    search.check_lengths(min_lengths, max_lengths, scorings)
+    check_lengths(search, min_lengths, max_lengths, scorings)
     check_sources(search.terms, sources)
     for argument in search.per_request():
         argument.of_batch(batch_size)

@@ -78,8 +78,9 @@ class Exhausted:
 class Exact:
     """Stop when no live beam can still enter the n-best: returns what :class:`Exhausted` would, in fewer steps.
 
-    That holds as long as no more than ``beam_size`` hypotheses are asked for, and each request is one beam: the groups of
-    ``fb.DiverseGroups`` stop one by one, and those behind a group that has stopped no longer avoid what it would say.
+    That holds as long as no more than ``beam_size`` hypotheses are asked for and a request is one beam: the groups of
+    ``fb.DiverseGroups`` stop one by one, and those behind one that has stopped no longer avoid what it would say.
+
     A live beam with log-probability phi can reach at most ``phi / norm`` with the greatest norm of the lengths it may
     still end at (docs/algorithms/deciding.md). It closes late when the length penalty is above 0.
     """

@@ -158,14 +158,14 @@ def test_a_huge_exponent_is_refused_at_once(scoring):
 
 @pytest.mark.parametrize("counts_eos", [True, False])
 def test_norm_tables_are_what_lengths_still_open_ask_for(counts_eos):
-    scorings = [fb.LengthPower(0.7), fb.LengthPower(-0.5), Own(-0.02), fb.GNMT(1.1), Own(0.0, {3: 7.0})]
+    offset = 0 if counts_eos else 2
+    powers = fb.LengthPower(0.7, offset), fb.LengthPower(-0.5, offset)
+    scorings = [*powers, Own(-0.02), fb.GNMT(1.1), Own(0.0, {3: 7.0})]
     lows, highs = [0, 3, 5, 1, 4], [6, 3, 9, 1, 5]
     tables = norm_tables(scorings, lows, highs, counts_eos)
     for b, (scoring, low, high) in enumerate(zip(scorings, lows, highs, strict=True)):
         live = {n: np.float32(scoring.norm(n)) for n in range(1, high + 1)}
-        ended = {n: np.float32(min(scoring.norm(n - 1), 1e37)) if n > 1 and not counts_eos else live[n] for n in live}
-        if not counts_eos:
-            ended[1] = tables.ended[b, 1]
+        ended = live if counts_eos else {n: np.float32(scoring.norm(n - 1)) for n in live}
         assert [tables.live[b, n] for n in live] == list(live.values())
         assert [tables.ended[b, n] for n in live] == list(ended.values())
         for n in range(10):

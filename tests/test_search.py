@@ -80,8 +80,12 @@ def test_finished_neighbours_change_nothing_where_scores_tie():
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [
-        ({"length_penalty": -30.0}, ValueError, r"length_penalty: expected a norm between .* for length 64, got"),
-        ({"length_penalty": 400}, ValueError, r"length_penalty: expected a norm between .* for length 64, got inf"),
+        ({"length_penalty": -30.0}, ValueError, r"length_penalty: expected a norm between .* for length 18, got"),
+        (
+            {"length_penalty": 400},
+            ValueError,
+            r"length_penalty: expected a norm between .* for length 2, got 2.58225e\+120",
+        ),
         ({"length_penalty": fb.GNMT}, TypeError, r"length_penalty: expected a number or fb.GNMT\(alpha\), got type"),
         ({"temperature": 1e-39}, ValueError, r"temperature: expected a number between 1e-37 and 1e37, got 1e-39"),
         ({"selection": fb.TopK}, TypeError, r"selection: expected a selection such as fb.TopK\(\), got <class"),

@@ -302,6 +302,8 @@ class TestLimitsOfTheSource:
         ({"dialect": fb.Dialect("row"), "finished": "in_place"}, "dialect: expected the default"),
         ({"dialect": fb.Dialect("row"), "selection": fb.DiverseSiblings(1)}, "dialect: expected finishes='beam'"),
         ({"dialect": fb.Dialect(at_max_length="end"), "eos_id": None}, "eos_id: expected a token to end with"),
+        ({"dialect": fb.Dialect(counts_eos=False)}, "length_penalty: expected a norm .* for length 0, .* got 0 of"),
+        ({"dialect": fb.Dialect(counts_eos=False), "length_penalty": -1.0}, "length_penalty: .* length 0, .* got inf"),
     ],
 )
 def test_what_does_not_go_together(options, error):

@@ -94,12 +94,16 @@ def _key(scoring: Scoring) -> Any:
     return scoring if type(scoring) in (LengthPower, GNMT) else id(scoring)
 
 
-def _norm_of_nothing(scoring: Scoring) -> float:
-    """The norm of an EOS that does not count, as a float32 that can be divided by."""
-    try:
-        return min(max(scoring.norm(0), 1e-37), 1e37)
-    except ZeroDivisionError:
-        return 1e37
+def check_norm_of_nothing(name: str, scorings: list[Scoring]) -> None:
+    """The norm of length 0, of an EOS that does not count, is one to divide by as well."""
+    for scoring in {_key(scoring): scoring for scoring in scorings}.values():
+        try:
+            norm = scoring.norm(0)
+        except ZeroDivisionError:
+            norm = float("inf")
+        if not 1e-37 < norm < 1e37:
+            wanted = "a norm between 1e-37 and 1e37 for length 0, of an EOS that counts_eos=False leaves out"
+            raise ValueError(f"{name}: expected {wanted}, got {norm:g} of {scoring}; give it an offset")
 
 
 class NormTables(NamedTuple):
@@ -127,7 +131,7 @@ def norm_tables(
             continue
         live, ended, bound = (table[b] for table in tables)
         live[1 : high + 1] = [scoring.norm(length) for length in range(1, high + 1)]  # no longer ones are reached
-        ended[1:] = live[1:] if counts_eos else [_norm_of_nothing(scoring), *live[1:-1]]
+        ended[1:] = live[1:] if counts_eos else [scoring.norm(0), *live[1:-1]]
         greatest = np.maximum.accumulate(ended[high:0:-1])[::-1]  # of lengths from 1 on, to the end
         shortest = np.clip(np.arange(1, top + 2), max(low, 1), high)
         bound[:] = np.maximum(greatest[shortest - 1], live[high])
