@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from flashbeam.kernels import check_reorder
+from flashbeam.kernels import check_all_apart, check_reorder
 from flashbeam.kernels import reorder as reorder_rows
 
 Nest = TypeVar("Nest")
@@ -126,14 +126,24 @@ def reorder(
         ValueError: shapes, devices, strides or structures differ from the above. Nothing has been written then.
         TypeError: a dtype or type differs from the above. Nothing has been written then.
     """
+    return gather_rows(cache, source_rows, dim, out, group_size, "out")
+
+
+def gather_rows(
+    cache: Nest, source_rows: Tensor, dim: int, out: Nest | None, group_size: int | None, out_name: str
+) -> Nest:
+    """:func:`reorder`, which calls ``out`` by the name given."""
     leaves = list(leaves_of(cache, "cache"))
     buffers: list[tuple[str, Any]] = [("", None)] * len(leaves)
     if out is not None:
-        buffers = list(_paired(cache, out, "out"))
+        buffers = list(_paired(cache, out, out_name))
         _check_ownership(leaves, buffers)
     for (path, leaf), (out_path, buffer) in zip(leaves, buffers, strict=True):
         if isinstance(leaf, Tensor):
             check_reorder(leaf, source_rows, dim, buffer, group_size, path, out_path)
+    if out is not None:
+        outs = {buffer: path for path, buffer in buffers if isinstance(buffer, Tensor)}
+        check_all_apart(outs, {leaf for _, leaf in leaves if isinstance(leaf, Tensor)}, "all others of cache and out")
 
     done: dict[tuple[Tensor, Tensor | None], Tensor] = {}  # by tensor: a compiled step would be bound to their ids
     results: list[Any] = []

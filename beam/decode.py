@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .cache import leaves_of, reorder
+from .cache import gather_rows, leaves_of, rebuild, reorder
 from .capture import Captured
 from .constraint import runs_on_host
 from .hypotheses import Hypotheses
@@ -97,17 +97,42 @@ def _in_place(search: BeamSearch, state: State, model: Model, tokens: Tensor, ca
     def go_on() -> None:
         logits, found, *more = model(tokens, cache)
         _check_static(cache, found)
+        found = _apart(found, cache)
         step = search.step(state, logits, attention=more[0] if more else None)
-        tokens.copy_(step.tokens.flatten())
-        reorder(found, step.source_rows, out=cache, group_size=state.beam_size)
+        gather_rows(found, step.source_rows, 0, cache, state.beam_size, "cache")
+        tokens.copy_(step.tokens.flatten())  # last: the cache may hold them
 
     return go_on
 
 
+def _apart(found: Any, cache: Any) -> Any:
+    """``found`` with copies of what it holds of the ``cache``'s memory, but where that is in its own place."""
+    places = [leaf for _, leaf in leaves_of(cache, "cache")]
+    memory = {leaf.untyped_storage().data_ptr() for leaf in places if isinstance(leaf, Tensor)}
+
+    def apart(leaf: Any, place: Any) -> Any:
+        if leaf is place or not isinstance(leaf, Tensor) or leaf.untyped_storage().data_ptr() not in memory:
+            return leaf
+        return place if isinstance(place, Tensor) and _same_memory(leaf, place) else leaf.clone()
+
+    leaves = [leaf for _, leaf in leaves_of(found, "cache")]
+    return rebuild(found, iter([apart(*pair) for pair in zip(leaves, places, strict=True)]))
+
+
+def _same_memory(one: Tensor, other: Tensor) -> bool:
+    layouts = ((x.data_ptr(), x.shape, x.stride(), x.dtype) for x in (one, other))
+    return next(layouts) == next(layouts)
+
+
 def _check_static(before: Any, after: Any) -> None:
-    """A model's cache has the shapes and plain values it was given; its structure is for ``reorder`` to check."""
-    for (path, given), (_, found) in zip(leaves_of(before, "cache"), leaves_of(after, "cache"), strict=False):
-        if isinstance(given, Tensor) and isinstance(found, Tensor):
-            given, found = list(given.shape), list(found.shape)
-        if not isinstance(given, Tensor) and not isinstance(found, Tensor) and given != found:
-            raise ValueError(f"{path}: expected it to stay {given}, for capture=True, got {found}")
+    """A model's cache has the entries, shapes and plain values it was given."""
+    given, found = ({path: _fixed(leaf) for path, leaf in leaves_of(nest, "cache")} for nest in (before, after))
+    if given.keys() != found.keys():
+        raise ValueError(f"cache: expected it to keep {list(given)}, for capture=True, got {list(found)}")
+    for path in given:
+        if given[path] != found[path]:
+            raise ValueError(f"{path}: expected it to stay {given[path]}, for capture=True, got {found[path]}")
+
+
+def _fixed(leaf: Any) -> Any:
+    return list(leaf.shape) if isinstance(leaf, Tensor) else leaf

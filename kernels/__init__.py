@@ -20,9 +20,11 @@ from .beamstate import (
     Rule,
     Slots,
     endings,
+    next_length,
     total_order,
 )
 from .bitmask import apply_bitmask_, bits_at, mark_bits, pack_bitmask, unpack_bitmask
+from .checks import check_all_apart
 from .contrast import contrast
 from .divergence import divergence
 from .draw import Drawn, draw_children
@@ -80,6 +82,7 @@ __all__ = [
     "apply_bitmask_",
     "backtrace",
     "bits_at",
+    "check_all_apart",
     "check_reorder",
     "child_nodes",
     "conditional_poisson",
@@ -97,6 +100,7 @@ __all__ = [
     "log_odds",
     "mark_bits",
     "mixture",
+    "next_length",
     "pack_bitmask",
     "pack_key",
     "place",

@@ -3,7 +3,12 @@
 All checks read metadata only (shape, dtype, stride, device): they never synchronise, and vanish when compiled.
 """
 
-from collections.abc import Sequence
+import math
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -89,6 +94,26 @@ def check_apart(name: str, tensor: Tensor, other_name: str, other: Tensor) -> No
         return
     if tensor.data_ptr() <= _last_byte(other) and other.data_ptr() <= _last_byte(tensor):
         raise ValueError(f"{name}: expected memory apart from {other_name}, got a tensor that overlaps it")
+
+
+def check_all_apart(outs: Mapping[Tensor, str], tensors: AbstractSet[Tensor], others: str) -> None:
+    """The address ranges of ``outs`` meet none of ``tensors``, and no two of them start at the same place.
+
+    One that is itself among the ``tensors`` starts where no other does: their ranges may be interleaved.
+    """
+    if torch.compiler.is_compiling():
+        return
+    spans = {tensor: (tensor.data_ptr(), _last_byte(tensor)) for tensor in (*tensors, *outs) if tensor.numel() > 0}
+    starts = Counter(first for first, _ in spans.values())
+    read = sorted(spans[tensor] for tensor in tensors & spans.keys())
+    furthest = list(accumulate((last for _, last in read), max))
+    for out, name in outs.items():
+        if out not in spans:
+            continue
+        first, last = spans[out]
+        before = bisect_right(read, (last, math.inf)) if out not in tensors else 0  # those that start before it ends
+        if starts[first] > 1 or (before > 0 and furthest[before - 1] >= first):
+            raise ValueError(f"{name}: expected memory apart from {others}, got a tensor that overlaps it")
 
 
 def _last_byte(tensor: Tensor) -> int:

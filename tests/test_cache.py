@@ -239,3 +239,23 @@ def test_one_buffer_for_two_tensors_is_refused():
 def test_a_tensor_in_the_place_of_a_plain_value_is_refused():
     with pytest.raises(ValueError, match=r"^out\[1\]: expected NoneType as in cache, got Tensor"):
         reorder([X, None], ROWS, out=[X.clone(), X.clone()])
+
+
+def test_buffers_apart_from_every_tensor():
+    x, other, memory = torch.arange(12.0).view(4, 3), torch.zeros(4, 3), torch.zeros(6, 3)
+    message = "expected memory apart from all others of cache and out, got a tensor that overlaps it"
+    for cache, out, path in [
+        ((x, other), (torch.zeros(4, 3), x.view(4, 3)), "out[1]"),
+        ((x, other), (x, x.view(4, 3)), "out[0]"),  # in place, and of another
+        ((x, x.view(4, 3)), (x, torch.zeros(4, 3)), "out[0]"),
+        ((x, x + 1), (other, other.view(4, 3)), "out[0]"),
+        ((memory[:4], other), (torch.zeros(4, 3), memory[2:6]), "out[1]"),
+    ]:
+        with pytest.raises(ValueError) as caught:
+            reorder(cache, ROWS, out=out)
+        assert str(caught.value) == f"{path}: {message}"
+    layers = torch.arange(24.0).view(4, 2, 3)  # layers in one tensor, rows first: their addresses are interleaved
+    want = layers[ROWS].clone()
+    cache = layers.unbind(1)
+    reorder(cache, ROWS, out=cache)
+    assert torch.equal(layers, want)

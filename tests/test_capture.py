@@ -54,6 +54,10 @@ class Static:
             cache = {"sums": sums + seen, "position": position + 1}
         elif self.way == "grows":
             cache = {"sums": torch.cat([sums, seen], 1), "position": position + 1}
+        elif self.way == "entry":
+            cache = {"sums": sums.add_(seen), "position": position.add_(1)}
+            if self.calls > 1:
+                cache["more"] = sums
         elif self.way == "number":
             cache = {"sums": sums.add_(seen), "position": position.add_(1), "step": self.calls}
         else:
@@ -78,6 +82,33 @@ def test_a_captured_decode_finds_the_same(name, way, recorded):
     assert torch.equal(model.table, table)
 
 
+SHARES = {  # a cache of two rows, and what a model that has made ``new [R, V]`` of it returns
+    "tokens": lambda tokens, cache, new: (new, tokens),
+    "view of tokens": lambda tokens, cache, new: (new, tokens.view(-1, 1).view(-1)),
+    "shift register": lambda tokens, cache, new: (new, cache[0]),
+    "shift register by view": lambda tokens, cache, new: (new, cache[0].view(new.shape)),
+    "one tensor twice": lambda tokens, cache, new: (new, new),
+    "in place and shifted": lambda tokens, cache, new: (cache[0].copy_(new), cache[0].view(new.shape)),
+    "views": lambda tokens, cache, new: (cache[0].copy_(new).view(new.shape), cache[1][:]),
+}
+
+
+@pytest.mark.parametrize("name", SHARES)
+def test_a_cache_may_share_memory(name, recorded):
+    table = torch.randn(V, V)
+
+    def model(tokens, cache):
+        second = cache[1] if cache[1].dim() == 2 else table[cache[1]]
+        new = torch.tanh(table[tokens] + cache[0] - second)
+        return 3.0 * new + table[tokens], SHARES[name](tokens, cache, new)
+
+    start, cache = torch.tensor([5, 9]), (torch.zeros(2, V), torch.ones(2, V))
+    if "tokens" in name:
+        cache = cache[0], torch.tensor([3, 4])
+    want = fb.decode(search_of("topk, pool"), model, start, [field.clone() for field in cache])
+    assert_equal(fb.decode(search_of("topk, pool"), model, start, cache, capture=True), want)
+
+
 def test_on_a_cpu_nothing_is_captured():
     model, start = Static(2), torch.tensor([5, 9])
     cache = {key: field.clone() for key, field in model.cache.items()}
@@ -91,6 +122,7 @@ def test_on_a_cpu_nothing_is_captured():
     ("way", "message"),
     [
         ("grows", r"cache\['sums'\]: expected it to stay \[8, 16\], for capture=True, got \[8, 24\]"),
+        ("entry", r"cache: expected it to keep \[.*\], for capture=True, got \[.*'more'.*\]"),
         ("number", r"cache\['step'\]: expected it to stay 1, for capture=True, got 2"),
     ],
 )
