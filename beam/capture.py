@@ -1,6 +1,7 @@
 """Work on tensors that stay where they are, as a CUDA graph."""
 
 from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Generic, TypeVar
 
 import torch
@@ -8,6 +9,7 @@ import torch
 from .arguments import whole_number
 
 Result = TypeVar("Result")
+_STAYS: ContextVar[bool] = ContextVar("what runs now is replayed later", default=False)
 
 
 class Captured(Generic[Result]):
@@ -27,10 +29,13 @@ class Captured(Generic[Result]):
         warmup: calls that run ``function`` as it is, each of which counts: nothing is undone.
 
     Raises:
-        ValueError: ``warmup`` is negative.
+        ValueError, TypeError: ``<argument>: expected X, got Y``. A step in ``function`` raises it too where a state of
+            a constraint, or statistics of a term, would not stay: if a plain value in them changes, or a shape.
     """
 
     def __init__(self, function: Callable[[], Result], device: torch.device | str, *, warmup: int = 2):
+        if not callable(function):
+            raise TypeError(f"function: expected a function without arguments, got {type(function).__name__}")
         self.device = torch.device(device)
         self._function = function  # holds the tensors that a replay reads
         self._to_warm_up = whole_number(0)("warmup", warmup)
@@ -41,10 +46,22 @@ class Captured(Generic[Result]):
         if self._replay is None:
             if self._to_warm_up > 0 or not _records(self.device):
                 self._to_warm_up -= 1
-                return self._function()
-            self._replay, self._result = _record(self._function, self.device)
+                return self._run()
+            self._replay, self._result = _record(self._run, self.device)
         self._replay()
         return self._result
+
+    def _run(self) -> Result:
+        token = _STAYS.set(True)
+        try:
+            return self._function()
+        finally:
+            _STAYS.reset(token)
+
+
+def is_replayed() -> bool:
+    """Whether what runs now is to be replayed, so that only tensors in their places may change."""
+    return _STAYS.get()
 
 
 def _records(device: torch.device) -> bool:

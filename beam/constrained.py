@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from flashbeam.kernels import FLAG_DEAD_END
 
 from .cache import leaves_of, rebuild
+from .capture import is_replayed
 from .checks import as_bools
 from .constraint import Bound
 from .state import State
@@ -23,7 +25,7 @@ FAILED = "the constraint raised an error when its state was to follow the beams"
 @torch.inference_mode(False)  # as in BeamSearch.init
 def begin(state: State, constraint: Bound, first: Any) -> None:
     """Take the constraint and its ``first`` state of all slots into the search's."""
-    state.constraint, state.constraint_state = constraint, written((), first)
+    state.constraint, state.constraint_state = constraint, written((), first, "constraint")
 
 
 def follow_beams(state: State, constraint: Bound, step: Step, pad_id: int, per_request: int) -> Step:
@@ -37,7 +39,7 @@ def follow_beams(state: State, constraint: Bound, step: Step, pad_id: int, per_r
     before, state.constraint_state = state.constraint_state, FAILED  # if it raises
     moved = constraint.move(before, rows, step.tokens.flatten(), live.flatten())
     accepted = constraint.accepts(moved)
-    state.constraint_state = written(before, moved)
+    state.constraint_state = written(before, moved, "constraint")
     if accepted is None:
         return step
     rejected = _reject_unaccepted(state, live, as_bools(state, accepted, live.numel(), "constraint's accepts"))
@@ -53,13 +55,19 @@ def follow_beams(state: State, constraint: Bound, step: Step, pad_id: int, per_r
     )
 
 
-def written(old: Any, new: Any) -> Any:
-    """``new`` in the memory of ``old``, where a captured step looks for it, as far as the two are alike."""
+def written(old: Any, new: Any, name: str) -> Any:
+    """``new`` in the memory of ``old``, where a captured step looks for it, as far as the two are alike.
+
+    Raises:
+        ValueError: they are not, and the step is captured. The message begins with ``name``.
+    """
     try:
         leaves = [leaf for _, leaf in leaves_of(new, "state")]
         places = [leaf for _, leaf in leaves_of(old, "state")]
     except TypeError:  # no nest of tensors: matchers on the host
         return new
+    if not torch.compiler.is_compiling() and is_replayed():
+        _check_stays(list(map(_fixed, places)), list(map(_fixed, leaves)), name)
     places += [None] * (len(leaves) - len(places))
     return rebuild(new, iter([_put(leaf, place) for leaf, place in zip(leaves, places, strict=False)]))
 
@@ -70,6 +78,19 @@ def _put(leaf: Any, place: Any) -> Any:
     if isinstance(place, Tensor) and (place.shape, place.dtype) == (leaf.shape, leaf.dtype):
         return place.copy_(leaf)
     return leaf.clone()
+
+
+def _fixed(leaf: Any) -> Any:
+    """What a replay does not change of a leaf."""
+    return (list(leaf.shape), leaf.dtype) if isinstance(leaf, Tensor) else leaf
+
+
+def _check_stays(before: list[Any], after: list[Any], name: str) -> None:
+    if before != after:
+        pairs = zip_longest(before, after, fillvalue="nothing")
+        wanted, found = next((one, other) for one, other in pairs if one is not other and one != other)
+        wanted = f"plain values and shapes of its state to stay as they are, for capture: {wanted}"
+        raise ValueError(f"{name}: expected {wanted}, got {found}")
 
 
 def _reject_unaccepted(state: State, live: Tensor, accepted: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from flashbeam.kernels import Draws, History, Limits, Pool, Requests, Slots, roo
 from .agreement import check_lengths
 from .arguments import PerRequest, of_source, whole_number
 from .checks import as_request_ids, as_source_lengths
+from .constraint import runs_on_host
 from .scoring import LengthPower, norm_tables
 from .scoring.running import check_sources
 from .state import State
@@ -126,6 +127,7 @@ def start(
         max_lengths=highs,
         tokens_left=None if tokens is None else on_device(tokens, np.int64),
         deadline=None if budget is None else budget.deadline(),
+        on_host=any(map(runs_on_host, search.constraint.values)),
         models=None if search.models is None else search.models.begin(batch_size, device),
         source_lengths=None if sources is None else on_device(sources, np.float32),
         record=no_statistics(count, beams, steps, len(search.eos_ids), device) if search.statistics else None,

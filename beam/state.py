@@ -67,6 +67,7 @@ class State:
     source_lengths: Tensor | None = None  # float32 [B]
     source_size: int | None = None  # S, known from the first attention on
     models: Any = None  # what a combination of models keeps on the device
+    on_host: bool = False  # the constraint, or a part of it, waits for the device in each step
     vocab_size: int | None = None  # known from the first logits on
     eos_bitmasks: EosBitmasks = NO_BITMASKS
     record: Statistics | None = None  # of each group of a beam; None where they were not asked for
@@ -130,9 +131,10 @@ class State:
 
         Like ``while not state.all_done():``, but a GPU is not waited for: the host looks at an answer one round old, so
         there may be one round more, which changes nothing, and none beyond ``max_length``. A loop that goes on with
-        a search under way waits once, at its beginning.
+        a search under way waits once, at its beginning. Nor is there one more with a constraint that runs on the host,
+        as its ``on_host`` says: what it does where nothing is live is its own.
         """
-        return rounds(self, late=self.device.type == "cuda")
+        return rounds(self, late=self.device.type == "cuda" and not self.on_host)
 
     def best(self) -> Hypotheses:
         """The best hypothesis of each request so far, finished or not (``N = 1``), for streaming."""

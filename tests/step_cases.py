@@ -58,7 +58,7 @@ OTHERS = {
     "terms": {"terms": (fb.UID("variance", 0.5), fb.TokenReward(0.3))},
     "end": {"dialect": fb.Dialect(at_max_length="end")},
     "spare": {"dialect": fb.Dialect(finishes="double", at_max_length="spare")},
-    "row": {"dialect": fb.Dialect(finishes="row", counts_eos=False)},
+    "row": {"dialect": fb.Dialect(finishes="row", counts_eos=False), "length_penalty": 0.0},
     "coverage": {"terms": (fb.Coverage(0.3),)},
     "mixture": {"models": fb.Mixture([0.5, 0.5])},
     "contrast": {"models": fb.Contrast()},

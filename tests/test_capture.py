@@ -132,6 +132,40 @@ def test_a_cache_that_does_not_stay_is_told(way, message):
         fb.decode(search_of("topk, pool"), model, torch.tensor([5, 9]), model.cache, capture=True)
 
 
+class Counts:
+    """A constraint and a term of one's own whose states do not stay: a number, or what has been seen so far."""
+
+    monotone, reads_attention = True, False
+
+    def __init__(self, grows):
+        self.grows = grows
+
+    def init(self, rows, *others):
+        rows *= others[0] if len(others) > 1 else 1
+        return torch.zeros(rows, 1, 1) if self.grows else (torch.zeros(rows, 1), 0)
+
+    def advance(self, state, tokens):
+        return torch.cat([state, state[:, :, -1:]], 2) if self.grows else (state[0], state[1] + 1)
+
+    def bitmask(self, state): ...
+
+    def extend(self, stats, seen):
+        return torch.zeros_like(seen.token_log_probs), self.advance(stats, None)
+
+
+@pytest.mark.parametrize("grows", [False, True])
+@pytest.mark.parametrize("name", ["constraint", "terms"])
+def test_what_does_not_stay_is_told(name, grows):
+    search = fb.BeamSearch(4, 7, **{name: Counts(grows)})
+    start, cache = torch.tensor([5, 9]), [Static(2).cache for _ in range(3)]
+    fb.decode(search, Static(2), start, cache[0])
+    got = r"\(\[8, 1, 2\], torch.float32\), got \(\[8, 1, 3\], torch.float32\)" if grows else "1, got 2"
+    message = f"^{name}: expected plain values and shapes of its state to stay as they are, for capture: {got}$"
+    with pytest.raises(ValueError, match=message):
+        fb.decode(search, Static(2), start, cache[1], capture=True)
+    fb.decode(search, Static(2), start, cache[2])
+
+
 def test_what_runs_on_the_host_is_not_captured():
     class OnHost:
         on_host = True
@@ -167,6 +201,8 @@ def test_a_function_runs_then_is_recorded_then_replayed(recorded):
     assert len(calls) == 2
     with pytest.raises(ValueError, match=r"^warmup: expected an int >= 0, got -1"):
         fb.Captured(twice, "cpu", warmup=-1)
+    with pytest.raises(TypeError, match=r"^function: expected a function without arguments, got int"):
+        fb.Captured(3, "cpu")
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import torch
 import flashbeam as fb
 from fake_graph import assert_equal
 from flashbeam import polling
-from step_cases import CASES, V, given_to, search_of
+from step_cases import CASES, NotAgain, V, given_to, search_of
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="looks late only on CUDA")
 
@@ -106,6 +106,18 @@ def test_decode_asks_late(ends, capture, monkeypatch):
     assert_equal(got, want)
     assert rounds == (30 if ends < 0 else made + 1)
     assert (made == 30) == (ends < 0)
+
+
+def test_late_only_without_a_constraint_on_the_host(monkeypatch):
+    class OnHost(NotAgain):
+        on_host = True
+
+    asked = []
+    monkeypatch.setattr("flashbeam.state.rounds", lambda state, late: asked.append(late))
+    monkeypatch.setattr(fb.State, "device", torch.device("cuda"))
+    for constraint in (None, NotAgain(), OnHost(), [NotAgain(), fb.AllOf(fb.NoRepeatNgram(2), OnHost())]):
+        fb.BeamSearch(2, 5, 2, constraint=constraint).init(2).until_done()
+    assert asked == [True, True, False, False]
 
 
 def test_rounds_in_and_out_of_inference_mode():

@@ -85,4 +85,4 @@ def follow_terms(state: State, before: tuple[Any, ...], terms: Terms, best: Tens
     continued = terms.take(rows)
     seen = continued.seen(step.tokens.view(-1, 1), token_log_probs, best.index_select(0, rows))
     state.term_stats = FAILED  # if a term raises
-    state.term_stats = written(before, continued.advanced(seen))
+    state.term_stats = written(before, continued.advanced(seen), "terms")
