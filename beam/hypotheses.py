@@ -25,7 +25,7 @@ class Hypotheses:
     log_probs: Tensor  # float32 [B, N], natural log; -inf where not valid
     token_log_probs: Tensor  # float32 [B, N, T], 0 behind the end
     valid: Tensor  # bool [B, N]
-    finished: Tensor  # bool [B, N], ended with EOS
+    finished: Tensor  # bool [B, N], ended with EOS, or stopped by a criterion of flashbeam.hf
     beam_size: Tensor  # int64 [B], of the search that found them
     exact: Tensor  # bool [B], without early stopping or a budget the same beam would return just these
     slots: Tensor  # int64 [B, N, T], slot of the beam that each token continued; -1 behind the end

@@ -70,6 +70,7 @@ class State:
     on_host: bool = False  # the constraint, or a part of it, waits for the device in each step
     vocab_size: int | None = None  # known from the first logits on
     eos_bitmasks: EosBitmasks = NO_BITMASKS
+    stops: Tensor | None = None  # bool [T, B, K]: what a step put into a slot ended there, without EOS
     record: Statistics | None = None  # of each group of a beam; None where they were not asked for
 
     @property

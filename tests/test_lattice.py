@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import flashbeam as fb
+from flashbeam.hf.choosing import stop_in_place
 from flashbeam.lattice import Status
 from flashbeam.lattice.labels import columns, cut, visible
 from flashbeam.lattice.layout import lay_out
@@ -229,6 +230,26 @@ def test_what_a_constraint_refuses_at_the_end_is_a_dead_end(regime):
         assert len(last) == 6
         assert (tree.status[last] == np.where(tree.token[last] % 2 == 0, Status.BEST, Status.DEAD_END)).all()
         assert "✕" in fb.lattice(state).text()
+
+
+@pytest.mark.parametrize("selection", [fb.TopK(), fb.Sample(1)])
+def test_what_a_criterion_stops_in_its_slot_has_nothing_behind_it(selection):
+    search = fb.BeamSearch(4, 8, 2, pad_id=3, finished="in_place", selection=selection)
+    state = search.init(2)
+    for _ in state.until_done():
+        step = search.step(state, torch.randn(8 if state.vocab_size else 2, 12))
+        stop_in_place(state, step.tokens % 3 == 0)
+    hyps = search.finalize(state)
+    assert bool(hyps.finished.any())
+    for request, tree in enumerate(fb.lattice(state)):
+        paths = [path for path in tree.paths() if path.rank]
+        assert [path.tokens for path in paths] == [
+            tokens[:length].tolist() for tokens, length in zip(hyps.tokens[request], hyps.lengths[request], strict=True)
+        ]
+        assert [path.finished for path in paths] == hyps.finished[request].tolist()
+        ends = (tree.token == 2) | ((tree.token % 3 == 0) & (tree.step < 7))  # at max_length all ends
+        assert (tree.finished == ends).all()
+        assert not ends[tree.parent[1:]].any()
 
 
 def test_text_of_a_search_worked_by_hand():

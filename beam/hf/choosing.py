@@ -150,7 +150,12 @@ class AsGenerate:
 def stop_in_place(state: State, stopped: Tensor) -> None:
     """End what is in the slots that are ``stopped`` bool ``[B, K]``; they keep what they hold."""
     slots, requests = state.slots, state.requests
-    slots.ended.logical_or_(stopped & slots.active)
+    now = stopped & slots.active
+    if state.stops is None:
+        state.stops = torch.zeros_like(state.history.tokens, dtype=torch.bool)
+    last = (requests.steps.long() - 1).clamp(min=0)[None, :, None].expand(1, *now.shape)
+    state.stops.scatter_(0, last, (state.stops.gather(0, last)[0] | now)[None])
+    slots.ended.logical_or_(now)
     slots.active.logical_and_(~slots.ended)
     requests.done.logical_or_(~slots.active.any(1))
     slots.active.logical_and_(~requests.done[:, None])

@@ -34,6 +34,7 @@ class _Host(NamedTuple):
     ends: tuple[Array, ...]  # scores, last_step, last_slot, eos, valid [rows, N]: the n-best, best first
     eos: list[int]
     endings: Array | None  # [rows, T, K, E], see fb.Statistics
+    stops: Array | None  # [T, rows, K], see State
 
 
 def _numpy(tensor: Tensor) -> Array:
@@ -59,6 +60,7 @@ def _to_host(state: State, num_hypotheses: int | None) -> _Host:
         ends=tuple(map(_numpy, (best.scores, best.last_step, best.last_slot, best.eos, valid))),
         eos=[] if state.eos is None else state.eos.tolist(),
         endings=None if record is None else _numpy(record.endings),
+        stops=None if state.stops is None else _numpy(state.stops),
     )
 
 
@@ -185,7 +187,8 @@ class _Growth:
             if self.state.in_place and columns["finished"][above]:
                 now[slot] = above  # it stays as it is
                 continue
-            ends = self.state.in_place and token in host.eos
+            stopped = host.stops is not None and bool(host.stops[step, row, slot])
+            ends = self.state.in_place and (token in host.eos or stopped)
             norm = (host.ended_norm if ends else host.norm)[row, step + 1]
             status = Status.FINISHED if ends else self._status(step, slot)
             now[slot] = self.nodes.add(above, step, self.first_slot + slot, token, log_prob, norm, status)

@@ -37,7 +37,7 @@ class Path(NamedTuple):
     score: float
     status: Status
     rank: int  # in the n-best, from 1; 0 if it is not there
-    finished: bool  # ends with EOS
+    finished: bool  # ends with EOS, or where a criterion of flashbeam.hf stopped it
 
 
 class Steps(NamedTuple):
@@ -73,7 +73,7 @@ class Tree:
     score: Array  # float32 [n]: what the search ranked a hypothesis by; elsewhere log_prob over the norm of its length
     status: Array  # int8 [n], of Status
     rank: Array  # int32 [n], place in the n-best of what ends here, from 1; 0 where nothing in it does
-    finished: Array  # bool [n], ends with EOS
+    finished: Array  # bool [n], ends with EOS, or where a criterion of flashbeam.hf stopped it
     statistics: Steps | None = None  # where the search recorded them
 
     def __len__(self) -> int:
