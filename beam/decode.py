@@ -59,6 +59,10 @@ def decode(
     Raises:
         ValueError, TypeError: ``<argument>: expected X, got Y``.
     """
+    if not isinstance(search, BeamSearch):
+        raise TypeError(f"search: expected an fb.BeamSearch, got {type(search).__name__}")
+    if not callable(model):
+        raise TypeError(f"model: expected a function of tokens and a cache, got {type(model).__name__}")
     if not isinstance(capture, bool):
         raise TypeError(f"capture: expected a bool, got {type(capture).__name__}")
     if not isinstance(tokens, Tensor) or tokens.dim() == 0:

@@ -153,8 +153,10 @@ class State:
         requests have the same length limits too.
 
         Raises:
-            ValueError: ``other`` is no such state. Nothing has changed then.
+            ValueError, TypeError: ``other`` is no such state. Nothing has changed then.
         """
+        if not isinstance(other, State):
+            raise TypeError(f"other: expected a flashbeam.State, got {type(other).__name__}")
         mine, theirs = (
             {path: (leaf, leaf.shape, leaf.dtype, leaf.device) for path, leaf in _tensors(state)}
             for state in (self, other)

@@ -244,6 +244,8 @@ def test_a_state_takes_over_its_like_only():
             mine.copy_(other)
     with pytest.raises(ValueError, match=r"^other: expected"):
         after_a_step(max_length=[7, 7], **trie).copy_(after_a_step(max_length=[7, 6], **trie))
+    with pytest.raises(TypeError, match=r"^other: expected a flashbeam.State, got int"):
+        state.copy_(3)
     assert_equal(state, before)
 
 

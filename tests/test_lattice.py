@@ -381,9 +381,27 @@ def test_rejects_bad_arguments(arguments, error, message):
         fb.lattice(*arguments(fb.BeamSearch(2, 3).init(1)))
 
 
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda found: found.text(width="a"), "width: expected an int >= 1, got str"),
+        (lambda found: found.text("a"), "decode: expected a function of token ids, got str"),
+        (lambda found: found.svg(3), "decode: expected a function of token ids, got int"),
+        (lambda found: found.html(3), "decode: expected a function of token ids, got int"),
+        (lambda found: found.to_json(3), "decode: expected a function of token ids, got int"),
+        (lambda found: found.save(3), "path: expected a file's name, got int"),
+    ],
+)
+def test_pictures_reject_bad_arguments(call, message):
+    with pytest.raises(TypeError, match=f"^{message}$"):
+        call(fb.lattice(fb.BeamSearch(2, 3).init(1)))
+
+
 def test_rejects_requests_that_are_not_there():
     state = fb.BeamSearch(2, 3).init(2)
     with pytest.raises(ValueError, match=r"requests: expected numbers below 2, got 2"):
         fb.lattice(state, requests=[0, 2])
     with pytest.raises(ValueError, match=r"requests: expected an int >= 0, got -1"):
         fb.lattice(state, requests=[-1])
+    with pytest.raises(TypeError, match=r"^requests: expected a list of ints, got int"):
+        fb.lattice(state, requests=3)

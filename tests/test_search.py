@@ -95,3 +95,15 @@ def test_finished_neighbours_change_nothing_where_scores_tie():
 def test_rejects_settings_that_cannot_work(settings, error, message):
     with pytest.raises(error, match=message):
         fb.BeamSearch(4, 64, 2, **settings)
+
+
+@pytest.mark.parametrize(
+    ("search", "model", "message"),
+    [
+        ("x", max, "search: expected an fb.BeamSearch, got str"),
+        (fb.BeamSearch(2, 3), "m", "model: expected a function of tokens and a cache, got str"),
+    ],
+)
+def test_decode_rejects_what_is_no_search_and_no_model(search, model, message):
+    with pytest.raises(TypeError, match=f"^{message}$"):
+        fb.decode(search, model, torch.tensor([5]))

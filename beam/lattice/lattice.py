@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path as FilePath
@@ -47,18 +47,22 @@ class Lattice:
         """For a terminal, lines of at most ``width`` columns. ■ finished, … live, ✕ a dead end."""
         from . import text  # here and below: pictures are made seldom, and `import flashbeam` is to be quick
 
+        _check_decode(decode)
+        whole_number(1)("width", width)
         return "\n\n".join("\n".join(text.draw(tree, decode, width)) for tree in self.trees) + "\n"
 
     def svg(self, decode: Decode | None = None) -> str:
         """A picture, complete in itself. In a browser, a node tells its numbers when the pointer rests on it."""
         from . import svg
 
+        _check_decode(decode)
         return svg.draw(self.trees, decode)
 
     def html(self, decode: Decode | None = None, *, title: str = "Beam search") -> str:
         """A page with the picture and the n-best; pointing at a node shows the way to it. It needs nothing else."""
         from . import html
 
+        _check_decode(decode)
         return html.draw(self.trees, decode, title)
 
     def to_json(self, decode: Decode | None = None) -> str:
@@ -68,14 +72,17 @@ class Lattice:
         """
         import json
 
+        _check_decode(decode)
         return json.dumps({"requests": [_as_dict(tree, decode) for tree in self.trees]}, allow_nan=False)
 
     def save(self, path: str | PathLike[str], decode: Decode | None = None) -> None:
         """Write a file, in UTF-8: ``.txt``, ``.svg``, ``.html`` or ``.json``, as its name ends.
 
         Raises:
-            ValueError: the name ends otherwise. Nothing is written then.
+            ValueError, TypeError: it is no such name. Nothing is written then.
         """
+        if not isinstance(path, (str, PathLike)):
+            raise TypeError(f"path: expected a file's name, got {type(path).__name__}")
         file = FilePath(path)
         ways: tuple[Callable[[Decode | None], str], ...] = (self.text, self.svg, self.html, self.to_json)
         makers = dict(zip(_SUFFIXES, ways, strict=True))
@@ -105,13 +112,22 @@ def lattice(state: State, num_hypotheses: int | None = None, *, requests: Sequen
         raise TypeError(f"state: expected a flashbeam.State, got {type(state).__name__}")
     if num_hypotheses is not None:
         whole_number(1)("num_hypotheses", num_hypotheses)
-    chosen = range(state.batch_size) if requests is None else [whole_number(0)("requests", each) for each in requests]
+    if requests is None:
+        requests = range(state.batch_size)
+    elif isinstance(requests, str) or not isinstance(requests, Iterable):
+        raise TypeError(f"requests: expected a list of ints, got {type(requests).__name__}")
+    chosen = [whole_number(0)("requests", each) for each in requests]
     for each in chosen:
         if each >= state.batch_size:
             raise ValueError(f"requests: expected numbers below {state.batch_size}, got {each}")
     from .build import trees
 
     return Lattice(trees(state, num_hypotheses, chosen))
+
+
+def _check_decode(decode: Any) -> None:
+    if decode is not None and not callable(decode):
+        raise TypeError(f"decode: expected a function of token ids, got {type(decode).__name__}")
 
 
 def _as_dict(tree: Tree, decode: Decode | None) -> dict[str, Any]:
