@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from flashbeam.kernels import pack_bitmask
+from flashbeam.kernels import next_length, pack_bitmask
 
 from . import constrained
 from .checks import as_attention, as_bitmask, as_bools
@@ -209,5 +209,5 @@ def _masked_where(there: Tensor, eos_bitmask: Tensor, mask: Tensor | None, rows:
 
 
 def _next_norm(state: State) -> Tensor:
-    length = (state.requests.steps + 1).clamp(max=state.limits.length_norm.shape[1] - 1).long()
+    length = next_length(state.requests, state.limits)
     return state.limits.length_norm.gather(1, length[:, None])[:, 0]

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from flashbeam.kernels import Endings, endings, row_entropy, summarize, total_order
+from flashbeam.kernels import Endings, next_length, row_entropy, summarize, total_order
 
 from .selection import Expansion, Ranked
+from .selection.choosing import endings_of
 
 if TYPE_CHECKING:
     from flashbeam.kernels import Moves
@@ -150,10 +151,10 @@ def _margin(state: State, expansion: Expansion, selected: Ranked | Decided) -> T
         return torch.full_like(slots.log_probs[:, 0], torch.nan)
     more = state.selection.select(expansion, slots.log_probs.shape[1] + 1)
     assert isinstance(more, Ranked)
-    length = (state.requests.steps + 1).clamp(max=limits.length_norm.shape[1] - 1).long()
+    length = next_length(state.requests, limits)
     norm = limits.length_norm.gather(1, length[:, None])
     scores = [more.candidates.scores / norm]
-    ends = _ends(state, expansion, more)
+    ends = _ends(expansion, more)
     if ends is not None:
         compete = ends.log_probs > -torch.inf
         if not (state.in_place or state.rule.shrinks):  # an EOS takes no place but at the last step
@@ -169,16 +170,12 @@ def _margin(state: State, expansion: Expansion, selected: Ranked | Decided) -> T
     return torch.where(rejected == -torch.inf, torch.inf, kept - rejected)
 
 
-def _ends(state: State, expansion: Expansion, ranked: Ranked) -> Endings | None:
+def _ends(expansion: Expansion, ranked: Ranked) -> Endings | None:
     """The EOS candidates of a step, as the step itself ranks them."""
-    if state.eos is None:
-        return None
-    may_end = (state.limits.min_length <= state.requests.steps + 1) & ~state.requests.done
-    rows = (expansion.logits, ranked.candidates.lse, expansion.bitmask, expansion.temperature)
     penalty = ranked.end_penalty
     if ranked.finishing is not None:
         penalty = torch.where(ranked.finishing, 0.0 if penalty is None else penalty, torch.inf)
-    return endings(*rows, state.eos, state.slots, may_end, penalty, ranked.end_scores)
+    return endings_of(expansion, ranked.candidates.lse, penalty, ranked.end_scores)
 
 
 def _finishing(state: State, expansion: Expansion, selected: Ranked | Decided) -> Tensor:
@@ -186,7 +183,7 @@ def _finishing(state: State, expansion: Expansion, selected: Ranked | Decided) -
     slots = state.slots
     batch, beams = slots.log_probs.shape
     assert isinstance(selected, Ranked)
-    ends = _ends(state, expansion, selected)
+    ends = _ends(expansion, selected)
     if ends is None:
         return slots.log_probs.new_empty(batch, beams, 0)
     finish = ends.log_probs > -torch.inf

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from flashbeam.kernels import next_length
+
 from ..constrained import written
 from .protocol import Term
 from .terms import Terms, each_leaf
@@ -59,7 +61,6 @@ def terms_of_rows(
 
     length = state.requests.steps + 1
     shortest = torch.minimum(torch.maximum(length + 1, limits.min_length), limits.max_length)
-    index = length.clamp(max=limits.length_norm.shape[1] - 1).long()
     return Terms(
         terms=terms,
         stats=stats,
@@ -68,7 +69,7 @@ def terms_of_rows(
         longest=of_rows(limits.max_length),
         attention=None if attention is None else attention.float()[:, None],
         source_lengths=None if state.source_lengths is None else of_rows(state.source_lengths),
-        norm=of_rows(limits.length_norm.gather(1, index[:, None])[:, 0]),
+        norm=of_rows(limits.length_norm.gather(1, next_length(state.requests, limits)[:, None])[:, 0]),
     )
 
 

@@ -91,13 +91,15 @@ def children(
     )
 
 
-def endings_of(expansion: Expansion, lse: Tensor) -> Endings | None:
-    """The EOS candidates of a step; ``lse`` is float32 ``[R]``."""
+def endings_of(
+    expansion: Expansion, lse: Tensor, penalty: Tensor | None = None, end_scores: Tensor | None = None
+) -> Endings | None:
+    """The EOS candidates of a step; ``lse`` is float32 ``[R]``, the others as in :class:`Ranked`."""
     if expansion.eos is None:
         return None
     may_end = expansion.limits.min_length <= expansion.requests.steps + 1
     rows = (expansion.logits, lse, expansion.bitmask, expansion.temperature)
-    return endings(*rows, expansion.eos, expansion.slots, may_end, None)
+    return endings(*rows, expansion.eos, expansion.slots, may_end, penalty, end_scores)
 
 
 def rivals(expansion: Expansion, best: Candidates, ends: Endings | None) -> tuple[tuple[Choice, ...], Tensor]:

@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor
 
-from flashbeam.kernels import Candidates, Endings, endings, total_order
+from flashbeam.kernels import Candidates, Endings, total_order
 
+from .choosing import endings_of
 from .protocol import Expansion, Ranked
 from .siblings import Children, best_children, rank_again
 
@@ -15,11 +16,9 @@ def among_double(expansion: Expansion, found: Ranked, k: int) -> Ranked:
     """An EOS candidate finishes if it is among the 2 K best of its request, which ``found`` holds but for EOS."""
     best = found.candidates
     kept = Candidates(*(field[:, :k] if field.dim() == 2 else field for field in best))
-    if expansion.eos is None:
+    ends = endings_of(expansion, best.lse, found.end_penalty, found.end_scores)
+    if ends is None:
         return found._replace(candidates=kept)
-    may_end = expansion.limits.min_length <= expansion.requests.steps + 1
-    rows = (expansion.logits, best.lse, expansion.bitmask, expansion.temperature)
-    ends = endings(*rows, expansion.eos, expansion.slots, may_end, found.end_penalty, found.end_scores)
     order = total_order(
         (best.scores, best.parents, best.adjusted, best.tokens), (ends.scores, ends.parents, ends.adjusted, ends.tokens)
     )

@@ -4,9 +4,10 @@ from collections.abc import Callable
 
 import torch
 
-from flashbeam.kernels import FLAG_INEXACT, Candidates, endings
+from flashbeam.kernels import FLAG_INEXACT, Candidates
 
 from ..constraint import Proposed
+from .choosing import endings_of
 from .protocol import Expansion, Ranked, Veto
 
 _PER_BEAM = 4  # candidates shown for each beam, unless the constraint says how many
@@ -23,10 +24,8 @@ def vetoed(expansion: Expansion, veto: Veto, k: int, best: Callable[[Expansion, 
     found, end_penalty = ranked.candidates, ranked.end_penalty
     first_row = torch.arange(0, expansion.logits.shape[0], expansion.parents, device=found.tokens.device)[:, None]
     shown = [(found.parents, found.tokens, found.log_probs)]
-    if expansion.eos is not None:
-        may_end = expansion.limits.min_length <= expansion.requests.steps + 1
-        rows = (expansion.logits, found.lse, expansion.bitmask, expansion.temperature)
-        ends = endings(*rows, expansion.eos, expansion.slots, may_end, end_penalty, ranked.end_scores)
+    ends = endings_of(expansion, found.lse, end_penalty, ranked.end_scores)
+    if ends is not None:
         shown.append((ends.parents, ends.tokens, ends.log_probs))
     parents, tokens, log_probs = (torch.cat(fields, 1) for fields in zip(*shown, strict=True))
     barred = veto.ask(Proposed(first_row + parents, tokens, log_probs))
@@ -45,7 +44,7 @@ def vetoed(expansion: Expansion, veto: Veto, k: int, best: Callable[[Expansion, 
     flags = found.flags.view(-1, expansion.parents).clone()
     flags[:, 0] |= short.int() * FLAG_INEXACT
     chosen = Candidates(log_probs, parents, tokens, adjusted, found.lse, flags.flatten(), scores)
-    if expansion.eos is None:
+    if ends is None:
         return ranked._replace(candidates=chosen)
     penalty = torch.where(end_barred, torch.inf, 0.0)
     penalty = penalty if end_penalty is None else end_penalty + penalty

@@ -7,7 +7,7 @@ every token is scored.
 import torch
 from torch import Tensor
 
-from flashbeam.kernels import Endings, token_log_prob
+from flashbeam.kernels import Endings, next_length, token_log_prob
 
 from ..scoring.terms import Terms
 from .choosing import endings_of
@@ -78,7 +78,7 @@ def _bound(expansion: Expansion, found: Ranked) -> Tensor:
     token_log_probs = token_log_prob(best.adjusted, best.lse.view(batch, parents).gather(1, best.parents))
     terms = expansion.terms.take(row)
     seen = terms.seen(best.tokens.view(-1, 1), token_log_probs.view(-1, 1), found.best_tokens.index_select(0, row))
-    length = (expansion.requests.steps + 1).clamp(max=expansion.limits.bound_norm.shape[1] - 1).long()
+    length = next_length(expansion.requests, expansion.limits)
     norm = expansion.limits.bound_norm.gather(1, length[:, None]).expand(batch, k).reshape(-1, 1)
     upper = terms.upper(best.log_probs.view(-1, 1), norm, seen).view(batch, k)
     inside = torch.arange(k, device=upper.device) < expansion.limits.width[:, None]
