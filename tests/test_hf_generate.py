@@ -133,6 +133,38 @@ def test_one_beam_is_greedy(name: str, settings) -> None:
     assert torch.equal(theirs.sequences, ours.sequences)
 
 
+@pytest.mark.parametrize("settings", [{}, {"min_new_tokens": 3}, {"no_repeat_ngram_size": 2}])
+def test_greedy_scores_are_processed_logits(settings) -> None:
+    theirs, ours = both(shared("gpt2"), inputs("gpt2"), num_beams=1, num_return_sequences=1, **settings)
+    theirs, ours = theirs.scores[:3], ours.scores[:3]  # until a request is done
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_scores_tell_of_what_the_search_does_itself() -> None:
+    lm = shared("gpt2", 1)
+    settings = {"min_new_tokens": 3, "renormalize_logits": True, "num_beams": 2, "num_return_sequences": 2}
+    theirs, ours = both(lm, inputs("gpt2"), **settings)
+    check_same(theirs, ours)
+    assert (ours.scores[0][:, EOS] == -torch.inf).all()
+    pair = [lm.compute_transition_scores(each.sequences, each.scores, each.beam_indices) for each in (theirs, ours)]
+    torch.testing.assert_close(*pair, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"length_penalty": 0.0, "no_repeat_ngram_size": 2},
+        {"length_penalty": 0.7, "exponential_decay_length_penalty": (2, 1.5)},
+    ],
+)
+def test_never_stops_where_transformers_does(settings) -> None:
+    ends = [EOS, 5, 11, 12, 13, 14, 15, 16]
+    options = {"early_stopping": "never", "max_new_tokens": 14, "eos_token_id": ends, **settings}
+    theirs, ours = both(shared("mistral", 3), inputs("mistral"), **options)
+    check_same(theirs, ours)
+    assert len(theirs.scores) == len(ours.scores) < 14
+
+
 @pytest.mark.parametrize("name", ["gpt2", "bart"])
 def test_all_outputs(name: str) -> None:
     lm = shared(name)
@@ -216,30 +248,35 @@ def test_own_search() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("vocab", [33, 96, 1000])
 def test_quick_candidates_are_the_best(vocab: int, dtype: torch.dtype) -> None:
-    found = 0
     for seed in range(12):
         generator = torch.Generator().manual_seed(seed)
         search = fb.BeamSearch(3, 9, [2, 5], stopping=fb.Exhausted())
-        state, quick = search.init(2), Quick()
+        state, alone, quick = search.init(3), search.init(1), Quick()
         for number in range(4):
-            rows = 2 if number == 0 else 6
+            rows = 3 if number == 0 else 9
             logits = torch.randn(rows, vocab, generator=generator).mul_(4).to(dtype)
-            logits[seed % rows, :2] = (torch.nan, -torch.inf)[seed % 2]
-            if seed % 4 == 3:  # groups whose maxima are EOS
+            # of the last request: a row with NaN, one that ties, one with few candidates
+            if seed % 4 == 0:
+                logits[-1, seed % 3] = torch.nan
+            elif seed % 4 == 1:
+                logits[-1] = 1.0
+            elif seed % 4 == 2:
+                logits[-1, 4:] = -torch.inf
+            else:  # groups whose maxima are EOS
                 logits[:, [2, 5]] += 20
             expansion = expand(search, state, logits, None, None, {}).expansion
-            ours, theirs = quick.find(expansion, 7), best(expansion, 7).candidates
-            assert ours is not None or dtype is torch.bfloat16 or seed % 2 == 0  # ties, or NaN
-            if ours is not None:
-                found += 1
-                assert torch.equal(ours.tokens, theirs.tokens)
-                assert torch.equal(ours.parents, theirs.parents)
-                assert torch.equal(ours.adjusted, theirs.adjusted)
-                live = state.slots.active.flatten()[:: 6 // rows]
-                torch.testing.assert_close(ours.log_probs, theirs.log_probs, rtol=1e-6, atol=1e-5)
-                torch.testing.assert_close(ours.lse[live], theirs.lse[live], rtol=1e-6, atol=1e-5)
+            ours, theirs = quick.find(expansion, 7).candidates, best(expansion, 7).candidates
+            live = ~state.done
+            for field in ("tokens", "parents", "adjusted"):
+                assert torch.equal(getattr(ours, field)[live], getattr(theirs, field)[live])
+            torch.testing.assert_close(ours.log_probs[live], theirs.log_probs[live], rtol=1e-6, atol=1e-5)
+            assert torch.equal(ours.flags[expansion.active], theirs.flags[expansion.active])
+            # bit for bit what the first request has alone
+            given = logits[: rows // 3]
+            one = Quick().find(expand(search, alone, given, None, None, {}).expansion, 7).candidates
+            assert all(torch.equal(x[: len(y)], y) for x, y in zip(ours, one, strict=True))
             search.step(state, logits)
-    assert found > 5  # the others have ties
+            search.step(alone, given)
 
 
 REFUSED = {
@@ -247,6 +284,12 @@ REFUSED = {
     "search: expected a max_length of at most the new tokens of generate, 8, got 9": {
         "search": fb.BeamSearch(4, 9, EOS)
     },
+    "search: expected a max_length of at most the new tokens of generate, 8, got 24; pass max_new_tokens=24": {
+        "search": fb.BeamSearch(4, lambda n: n + 20, EOS)
+    },
+    "search: expected an fb.BeamSearch, got str": {"search": "x"},
+    "progress: expected a function or None, got int": {"progress": 3},
+    "low_memory: expected None or False": {"low_memory": True},
     "selection: expected None beside search": {"search": fb.BeamSearch(4, 8, EOS), "selection": fb.TopK()},
     "tokenizer: expected one for stop_strings": {"stop_strings": ["x"]},
     "guidance_scale: expected processors that look at sequences": {"guidance_scale": 2.0},
@@ -259,7 +302,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("message", REFUSED)
 def test_refuses(message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         generate(shared("llama"), inputs("llama"), True, **REFUSED[message])
 
 

@@ -186,6 +186,72 @@ class EndsOn:
         return input_ids[:, -1] == self.token
 
 
+class EndsOnAny(EndsOn):
+    def __call__(self, input_ids, scores, **kwargs):
+        return torch.isin(input_ids[:, -1], torch.tensor(self.token))
+
+
+RULES = [
+    fb.FirstFinished(),
+    *(fb.Patience(0.5, overflow) for overflow in ("never", "last", "step")),
+    fb.Shrinking(),
+    fb.BestFinished(2),
+    fb.BestLive(),
+    fb.Exact(),
+]
+
+
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_a_criterion_ends_as_eos_does(rule) -> None:
+    ends, never = [2, 7, 9, 23, 37, 13], [38, 39]
+    for seed, length in ((0, 9), (0, 4), (3, 4)):
+        lm, given = model("gpt2", seed), inputs("gpt2")
+        search = functools.partial(fb.BeamSearch, 4, length, pad_id=PAD, stopping=rule)
+        expected = hf.beam_search(lm, given, search([*ends, *never]))
+        found = hf.beam_search(lm, given, search(never), stopping_criteria=[EndsOnAny(ends)])
+        for field in ("tokens", "lengths", "valid", "finished", "exact"):
+            assert torch.equal(getattr(found, field), getattr(expected, field)), field
+        torch.testing.assert_close(found.scores, expected.scores, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("asked", [{"bad_words_ids": [[23]]}, {"sequence_bias": {(9,): 4.0}}], ids=list)
+def test_bounds_beside_processors(asked) -> None:
+    lm, given = model("gpt2", 1), inputs("gpt2")
+    search = functools.partial(fb.BeamSearch, 4, 12, [2, 5, 7, 9, 21, 29, 37], pad_id=PAD, length_penalty=0.0)
+    options = {"stopping_criteria": [EndsOn(13)], **asked}
+    whole = hf.beam_search(lm, given, search(stopping=fb.Exhausted()), **options)
+    steps: list[int] = []
+    count = {"progress": lambda step, state: steps.append(step)}
+    exact = hf.beam_search(lm, given, search(stopping=fb.Exact()), **options, **count)
+    assert torch.equal(exact.tokens, whole.tokens)
+    assert exact.exact.all()
+    assert (steps[-1] < 12) == ("bad_words_ids" in asked)  # a bias may raise scores yet
+
+
+@pytest.mark.parametrize("rule", [fb.DiverseGroups(1, 0.0), fb.DiverseSiblings(0.0)], ids=str)
+def test_bans_do_not_renormalise(rule) -> None:
+    lm, given, words = model("gpt2", 1), inputs("gpt2"), [[23], [37]]
+    search = functools.partial(fb.BeamSearch, 4, 8, EOS, pad_id=PAD, selection=rule)
+    banned = hf.beam_search(lm, given, search(), bad_words_ids=words)
+    check_scores(lm, given, banned)
+    expected = hf.beam_search(lm, given, search(constraint=fb.ForbiddenPhrases(words)))
+    assert torch.equal(banned.tokens, expected.tokens)
+
+
+def test_one_beam_has_the_models_log_probs() -> None:
+    lm, given = model("gpt2", 1), inputs("gpt2")
+    one = fb.BeamSearch(1, 8, EOS, pad_id=PAD)
+    check_scores(lm, given, hf.beam_search(lm, given, one, repetition_penalty=1.5, no_repeat_ngram_size=2))
+
+
+@pytest.mark.parametrize("finished", ["pool", "in_place"])
+def test_what_is_cut_short_is_not_exact(finished: str) -> None:
+    lm, given = shared("gpt2"), inputs("gpt2")
+    search = functools.partial(fb.BeamSearch, 4, eos_id=EOS, pad_id=PAD, stopping=fb.Exhausted(), finished=finished)
+    assert not hf.beam_search(lm, given, search(max_length=9), max_time=1e-9).exact.any()
+    assert hf.beam_search(lm, given, search(max_length=1), max_time=1e-9).exact.all()
+
+
 @functools.cache
 def characters() -> PreTrainedTokenizerFast:
     letters = ["<pad>", "<bos>", "<eos>", "<none>", *"abcdefghijklmnopqrstuvwxyz0123456789"]
@@ -234,6 +300,17 @@ def test_streamers_see_what_is_settled() -> None:
         hf.beam_search(lm, inputs("llama"), search, streamer=seen)
 
 
+def test_spare_beams_are_not_settled() -> None:
+    dialect = fb.Dialect(finishes="double", at_max_length="spare")
+    search = fb.BeamSearch(4, 10, [2, 5, 6], pad_id=PAD, dialect=dialect, stopping=fb.Exact())
+    for seed in range(6):
+        lm, seen = model("gpt2", seed), Seen()
+        given = {field: value[:1] for field, value in inputs("gpt2").items()}
+        hyps = hf.beam_search(lm, given, search, streamer=seen)
+        best = hyps.tokens[0, 0, : hyps.lengths[0, 0]].tolist()
+        assert seen.put_so_far == [*given["input_ids"][0].tolist(), *best]
+
+
 def test_the_best_is_rewritten() -> None:
     lm, file = model("llama", 3), io.StringIO()
     given = {field: value[:1] for field, value in inputs("llama").items()}
@@ -258,6 +335,16 @@ def test_progress_may_stop() -> None:
 def test_refuses_what_is_no_search() -> None:
     with pytest.raises(TypeError, match=r"search: expected an fb.BeamSearch, got int"):
         hf.beam_search(shared("gpt2"), inputs("gpt2"), 4)
+    with pytest.raises(ValueError, match="num_beams: expected nothing beside search, which says that, got 3"):
+        hf.beam_search(shared("gpt2"), inputs("gpt2"), SEARCH, num_beams=3)
+    with pytest.raises(TypeError, match="progress: expected a function or None, got int"):
+        hf.beam_search(shared("gpt2"), inputs("gpt2"), SEARCH, progress=3)
+    double = fb.BeamSearch(4, 8, EOS, pad_id=PAD, dialect=fb.Dialect(finishes="double"))
+    with pytest.raises(ValueError, match="dialect: expected finishes='beam' beside logits processors and"):
+        hf.beam_search(shared("gpt2"), inputs("gpt2"), double, no_repeat_ngram_size=2)
+    terms = fb.BeamSearch(4, 8, EOS, pad_id=PAD, terms=fb.TokenReward(0.1))
+    with pytest.raises(ValueError, match="terms: expected none beside logits processors and"):
+        hf.beam_search(shared("gpt2"), inputs("gpt2"), terms, no_repeat_ngram_size=2)
 
 
 def test_flashbeam_is_imported_without_transformers() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,12 +17,28 @@ from .decoder import Sequences
 from .quick import Quick
 
 
+class Stopped(NamedTuple):
+    """What a step ends without EOS."""
+
+    candidates: Pool  # [B, n]
+    finish: Tensor  # bool [B, n], those that are hypotheses
+    best_ended: Tensor  # bool [B], the best candidate of the step is a hypothesis, with EOS or without
+    left_out: Tensor  # float32 [B], the best score that a quota has kept out
+    bound: Tensor | None  # float32 [B], see Ranked
+
+
 class AsGenerate:
     """The best candidates by the scores that ``generate`` gives them; those that its criteria stop are hypotheses.
 
     A candidate's score is its parent's plus what the processors make of its log-probability: masks do not renormalise,
     penalties may raise it. A candidate that a criterion stops is taken out, as one with EOS is: if it is among the K
     best it is a hypothesis. As transformers' ``_beam_search``, which looks at ``max(2, 1 + n_eos) * K`` candidates.
+
+    Args:
+        criteria: a ``StoppingCriteriaList``, or ``None``.
+        rule: of the search's stopping.
+        quick: log-probabilities may be as transformers' in their last bits.
+        falls: what is live is bounded as if processors never raised a score; otherwise by nothing.
     """
 
     regimes = ("pool", "in_place")
@@ -31,13 +47,14 @@ class AsGenerate:
     weighs = False
     groups = 1
 
-    def __init__(self, criteria: Any | None):
-        self.criteria = criteria
-        self.quick = Quick()
+    def __init__(self, criteria: Any | None, rule: Rule, quick: bool, falls: bool):
+        self.criteria, self.rule, self.falls = criteria, rule, falls
+        self.quick = Quick() if quick else None
+        self.state: State | None = None
         self.sequences: Sequences | None = None  # of the beams before the step, where there are criteria
         self.increments: Tensor | None = None  # float32 [R, V], of the step to come
         self.scores: tuple[Tensor, ...] | None = None  # what criteria are shown of the steps so far
-        self.stopped: tuple[Pool, Tensor] | None = None  # candidates that ended without EOS, and which are hypotheses
+        self.stopped: Stopped | None = None  # of the step under way
 
     @property
     def uses(self) -> tuple[str, ...]:
@@ -53,18 +70,26 @@ class AsGenerate:
 
     def _best(self, expansion: Expansion, count: int) -> Ranked:
         if self.increments is not None:
-            return rescored(expansion, self.increments, count)
-        found = self.quick.find(expansion, count)
-        return best(expansion, count) if found is None else Ranked(found)
+            found = rescored(expansion, self.increments, count)
+            return found._replace(bound=None) if self.falls else found
+        found = None if self.quick is None else self.quick.find(expansion, count)
+        return best(expansion, count) if found is None else found
 
     def _stop(self, expansion: Expansion, ranked: Ranked, k: int) -> Ranked:
         """Take out of what would live on what the criteria stop."""
         found, penalty = ranked.candidates, ranked.end_penalty
         requests, limits = expansion.requests, expansion.limits
         next_length = requests.steps + 1
+        assert self.sequences is not None and self.criteria is not None and self.state is not None
+        held = (self.state.pool.log_probs > -torch.inf).sum(1)
+        width, live = limits.width[:, None], ~requests.done[:, None]
+        room = width - held[:, None] if self.rule.shrinks else width
+        last = (limits.max_length == next_length)[:, None]
+        length = next_length.clamp(max=limits.length_norm.shape[1] - 1).long()[:, None]
+        norm = limits.length_norm.gather(1, length)
         count = found.tokens.shape[1]
         place = torch.arange(count, device=found.tokens.device).expand_as(found.tokens)
-        finishing = None
+        end_place, finishing, end_scores = place[:, :0], live[:, :0], found.scores[:, :0]
         if expansion.eos is not None:
             rows = (expansion.logits, found.lse, expansion.bitmask, expansion.temperature)
             may_end = limits.min_length <= next_length
@@ -75,26 +100,29 @@ class AsGenerate:
             )
             at = torch.arange(order.shape[1], device=order.device).expand_as(order)
             place, end_place = torch.empty_like(order).scatter_(1, order, at).split([count, ends.tokens.shape[1]], 1)
-            finishing = (end_place < limits.width[:, None]) & (ends.log_probs > -torch.inf)
+            finishing, end_scores = (end_place < room) & (ends.log_probs > -torch.inf) & live, ends.scores
 
-        assert self.sequences is not None and self.criteria is not None
         prefixes = self.sequences.now[self.sequences.rows_of(found.parents).flatten()]
         tokens = found.tokens.view(-1, 1).to(prefixes.device)
         stopped = self.criteria(torch.cat([prefixes, tokens], 1), self.scores).view_as(found.tokens)
-        there, among_best = found.log_probs > -torch.inf, place < limits.width[:, None]
-        stopped = stopped.to(there.device) & there & ~requests.done[:, None]
-        length = next_length.clamp(max=limits.length_norm.shape[1] - 1).long()[:, None]
+        there, among_best = found.log_probs > -torch.inf, place < room
+        stopped = stopped.to(there.device) & there & live
+        finish = torch.cat([finishing, stopped & among_best], 1)
+        places = torch.cat([end_place, place], 1)
+        over = self._over(finish, places, held, last)
+        scores = torch.cat([end_scores, found.scores], 1) / norm
+        left_out = scores.masked_fill(~over, -torch.inf).amax(1)
+        finish &= ~over
+        best_ended = (finish & (places == 0)).any(1)
+        finishing, finish = finish.split([finishing.shape[1], count], 1)
         token_log_probs = found.log_probs - expansion.slots.log_probs.gather(1, found.parents)
         steps = requests.steps.clone()[:, None].expand_as(place)  # the step changes it
         ids = (found.tokens, found.parents, steps, place)
-        scores = found.scores / limits.length_norm.gather(1, length)
-        self.stopped = (
-            Pool(scores, found.log_probs, token_log_probs, *(each.int() for each in ids)),
-            stopped & among_best,
-        )
+        new = Pool(scores[:, -count:], found.log_probs, token_log_probs, *(each.int() for each in ids))
+        self.stopped = Stopped(new, finish, best_ended, left_out, ranked.bound)
 
-        last = (limits.max_length == next_length)[:, None]
-        keep = there & ~stopped & (place < count) & (among_best | ~last)
+        fixed = torch.ones_like(last) if self.rule.shrinks else last
+        keep = there & ~stopped & (place < count) & (among_best | ~fixed)
         order = keep.sort(dim=1, descending=True, stable=True).indices[:, :k]
         none = ~keep.gather(1, order)
         chosen = found._replace(
@@ -109,13 +137,22 @@ class AsGenerate:
                 )
             }
         )
-        return Ranked(Candidates(*chosen), penalty, finishing, end_scores=ranked.end_scores)
+        return ranked._replace(candidates=Candidates(*chosen), finishing=None if expansion.eos is None else finishing)
 
-    def settle(self, state: State, rule: Rule) -> None:
-        """Put the hypotheses that ended without EOS into the pool, and stop by the ``rule``. In place."""
+    def _over(self, finish: Tensor, places: Tensor, held: Tensor, last: Tensor) -> Tensor:
+        """Which of those that ``finish``, ranked by ``places``, a pool that has ``held [B]`` has no room for."""
+        if not self.rule.by_arrival or self.rule.overflow == "step":
+            return torch.zeros_like(finish)
+        assert self.state is not None
+        before = (finish[:, None] & (places[:, None] < places[:, :, None])).sum(2)
+        over = finish & (held[:, None] + before >= self.state.limits.quota[:, None])
+        return over & ~last if self.rule.overflow == "last" else over
+
+    def settle(self, state: State) -> None:
+        """Put the hypotheses that ended without EOS into the pool, and stop by the rule. In place."""
         if self.stopped is None:
             return
-        new, finish = self.stopped
+        (new, finish, best_ended, left_out, bound), rule = self.stopped, self.rule
         self.stopped = None
         pool, slots, requests, limits = state.pool, state.slots, state.requests, state.limits
         places = pool.scores.shape[1]
@@ -134,12 +171,16 @@ class AsGenerate:
         in_pool = held.sum(1)
         requests.flags.bitwise_and_(torch.where(finish.any(1), ~FLAG_DEAD_END, -1).int())
 
+        torch.maximum(state.bound, left_out, out=state.bound)
         length = requests.steps.long()[:, None]
         norm = (limits.bound_norm if rule.exact else limits.length_norm).gather(1, length)[:, 0]
         worst = pool.scores.gather(1, limits.width.long()[:, None] - 1)[:, 0]
+        possible = bound if rule.exact and bound is not None else slots.scores.amax(1) / norm
         stop = in_pool >= limits.quota
+        if rule.awaits_best:
+            stop &= best_ended | ((pool.ranks == 0) & (pool.log_probs > -torch.inf)).any(1)
         if rule.best_live or rule.exact:
-            stop |= (in_pool >= limits.width) & (worst >= slots.scores.amax(1) / norm)
+            stop |= (in_pool >= limits.width) & (worst >= possible)
         stop &= finish.any(1) & (requests.steps < limits.max_length)
         for field in (slots.log_probs, slots.scores):
             field.masked_fill_(stop[:, None], -torch.inf)

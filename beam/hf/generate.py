@@ -10,7 +10,7 @@ from torch import Tensor
 from ..search import BeamSearch
 from ..state import State
 from .outputs import generated
-from .session import Call, decode
+from .session import Call, check_calls, decode
 from .settings import filler_of, limits_of, pad_of, search_of, stop_string_criteria
 
 
@@ -58,7 +58,10 @@ def generate(
     Raises:
         ValueError, TypeError: ``<argument>: expected X, got Y``.
     """
-    config, quick = generation_config, search is None
+    config, own = generation_config, search is None
+    check_calls(progress=progress)
+    if not own and not isinstance(search, BeamSearch):
+        raise TypeError(f"search: expected an fb.BeamSearch, got {type(search).__name__}")
     criteria = [*stopping_criteria, *stop_string_criteria(stop_strings, tokenizer)]
     limits = limits_of(list(logits_processor), criteria, input_ids.shape[1])
     options = {"selection": selection, "constraint": constraint, "stopping": stopping, "normalize": normalize}
@@ -69,12 +72,6 @@ def generate(
         both = [name for name, value in options.items() if value is not None]
         if both:
             raise ValueError(f"{both[0]}: expected None beside search, which has its own, got {options[both[0]]!r}")
-        fixed = [each for each in search.max_length.values if not callable(each)]
-        if max(fixed, default=0) > limits.max_length:
-            raise ValueError(
-                f"search: expected a max_length of at most the new tokens of generate, {limits.max_length}, got "
-                f"{max(fixed)}; pass max_new_tokens={max(fixed)}"
-            )
         limits = limits._replace(processors=list(logits_processor))
     call = Call(model, input_ids, model_kwargs, config, max(config.num_beams, config.num_return_sequences))
     found = decode(
@@ -86,7 +83,7 @@ def generate(
         source_lengths=None,
         progress=progress,
         streamer=streamer,
-        quick=quick,
+        own=own,
     )
     filler = filler_of(config, limits.eos_ids)
     return generated(model, config, found.hyps, found.prompts, found.recorder, found.model_kwargs, filler)

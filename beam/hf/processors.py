@@ -16,6 +16,21 @@ _STATEFUL = {
     "DiaEOSDelayPatternLogitsProcessor": "logits_processor",
 }
 
+# they bar tokens or set scores of 0, and raise none above that
+_MASKS = {
+    "EncoderNoRepeatNGramLogitsProcessor",
+    "ForcedBOSTokenLogitsProcessor",
+    "ForcedEOSTokenLogitsProcessor",
+    "LogitNormalization",
+    "MinLengthLogitsProcessor",
+    "MinNewTokensLengthLogitsProcessor",
+    "NoBadWordsLogitsProcessor",
+    "NoRepeatNGramLogitsProcessor",
+    "PrefixConstrainedLogitsProcessor",
+    "SuppressTokensAtBeginLogitsProcessor",
+    "SuppressTokensLogitsProcessor",
+}
+
 
 class AllowedTokens:
     """``prefix_allowed_tokens_fn`` asked about beams that are live, and no others."""
@@ -44,7 +59,9 @@ class Processors:
     """
 
     def __init__(self, processors: Iterable[Any], batch: int, repeats: int, beams: int):
-        self.processors = [_for_beams(each, batch, repeats, beams) for each in processors]
+        given = list(processors)
+        self.never_raise = all(type(each).__name__ in _MASKS for each in given)  # what is made of log-probabilities
+        self.processors = [_for_beams(each, batch, repeats, beams) for each in given]
 
     def __bool__(self) -> bool:
         return bool(self.processors)

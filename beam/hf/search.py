@@ -10,7 +10,7 @@ from torch import Tensor
 from ..hypotheses import Hypotheses
 from ..search import BeamSearch
 from ..state import State
-from .session import Call, decode
+from .session import Call, check_calls, decode
 from .settings import limits_of, stop_string_criteria
 
 
@@ -57,6 +57,11 @@ def beam_search(
     """
     if not isinstance(search, BeamSearch):
         raise TypeError(f"search: expected an fb.BeamSearch, got {type(search).__name__}")
+    check_calls(progress=progress)
+    fixed = {"num_beams": 1, "num_return_sequences": 1, "early_stopping": False, "length_penalty": 1.0}
+    given = next((name for name in ("max_new_tokens", "max_length", *fixed) if name in options), None)
+    if given is not None:
+        raise ValueError(f"{given}: expected nothing beside search, which says that, got {options[given]!r}")
     from transformers import GenerationMixin
 
     lengths = _source_lengths(inputs)
@@ -87,7 +92,6 @@ def beam_search(
         found.append(result.hyps)
         return input_ids
 
-    fixed = {"num_beams": 1, "num_return_sequences": 1, "early_stopping": False, "length_penalty": 1.0}
     samples = search.selection.seed is not None
     # Whisper's own cuts long audio into windows and glues what it finds; a search decodes one window
     method = GenerationMixin.generate if hasattr(model, "generate_with_fallback") else type(model).generate

@@ -39,6 +39,17 @@ class Found(NamedTuple):
     model_kwargs: dict[str, Any]
 
 
+def check_calls(**functions: Any) -> None:
+    """What is to be called, or ``None``.
+
+    Raises:
+        TypeError: it cannot be.
+    """
+    for name, function in functions.items():
+        if function is not None and not callable(function):
+            raise TypeError(f"{name}: expected a function or None, got {type(function).__name__}")
+
+
 def decode(
     call: Call,
     search: BeamSearch,
@@ -49,9 +60,9 @@ def decode(
     source_lengths: Any,
     progress: Callable[[int, State], Any] | None,
     streamer: Any,
-    quick: bool = False,
+    own: bool = False,
 ) -> Found:
-    """Run the search on what ``generate`` has prepared; on a CPU the ``quick`` way, where bits are not promised."""
+    """Run the search on what ``generate`` has prepared; ``own``: the search is the one that its config asks for."""
     from transformers import StoppingCriteriaList
 
     model, input_ids, kwargs, config, repeats = call
@@ -60,6 +71,8 @@ def decode(
             "do_sample: expected False, or a selection that samples, such as fb.Stochastic(seed) or "
             "fb.Sample(seed), got True"
         )
+    if config.low_memory:
+        raise ValueError("low_memory: expected None or False, as in beam searches of transformers, got True")
     beams, batch = max(search.beam_size.values), input_ids.shape[0] // repeats
     encoder_decoder = bool(model.config.is_encoder_decoder)
     recorder = Recorder(config, batch * beams, beams, encoder_decoder)
@@ -71,7 +84,9 @@ def decode(
         recorder,
         None if streamer is None else Stream(streamer, prompts),
         progress,
-        quick,
+        Processors(limits.known, batch, repeats, beams),
+        own,
+        own and config.num_beams == 1,
     )
     encoder = kwargs.get("encoder_outputs")
     if encoder is not None:
@@ -90,6 +105,13 @@ def decode(
         mask = kwargs.get("attention_mask")
         rows = [prompts.shape[1]] * batch if mask is None else mask[:: mask.shape[0] // batch].sum(1).tolist()
         source_lengths = rows
+    counts = source_lengths or [0]
+    longest = max(limit(n) if callable(limit) else limit for limit in search.max_length.values for n in counts)
+    if longest > limits.max_length:
+        raise ValueError(
+            f"search: expected a max_length of at most the new tokens of generate, {limits.max_length}, got "
+            f"{longest}; pass max_new_tokens={longest}"
+        )
     if name is not None and held is None:
         make_room(kwargs[name], input_ids.shape[0] if repeated else batch)
     decoder = Decoder(model, input_ids if repeated else prompts, kwargs, config, beams, repeated)

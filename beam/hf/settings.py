@@ -21,6 +21,7 @@ class Limits(NamedTuple):
     eos_ids: list[int]
     normalize: str
     processors: list[Any]  # those left
+    known: list[Any]  # those that are not
     criteria: list[Any]  # those left
     deadline: float | None  # by time.time()
 
@@ -46,10 +47,9 @@ def limits_of(processors: list[Any], criteria: list[Any], prompt_length: int) ->
     known = all(low is not None or last for low, last in zip(lows, normalizes, strict=True))
     low = max((low for low in lows if low is not None), default=0)
     if not known or low > max_length:  # a mask among others is applied in its turn
-        low, normalize, processors = 0, "vocab", list(processors)
-    else:
-        normalize, processors = "allowed" if any(normalizes) else "vocab", []
-    return Limits(max_length, low, eos_ids, normalize, processors, left, min(deadlines, default=None))
+        return Limits(max_length, 0, eos_ids, "vocab", processors, [], left, min(deadlines, default=None))
+    normalize = "allowed" if any(normalizes) else "vocab"
+    return Limits(max_length, low, eos_ids, normalize, [], processors, left, min(deadlines, default=None))
 
 
 def _min_length(processor: Any, eos_ids: list[int], prompt_length: int) -> int | None:

@@ -56,7 +56,8 @@ class Stream:
 
     A streamer with ``best`` is shown the best hypothesis after each step. Any other, such as transformers'
     ``TextStreamer``, cannot take anything back: ``put`` is given the prompt, then tokens as soon as all that is live
-    or finished begins with them, and the rest of the best in the end.
+    or finished begins with them, and the rest of the best in the end; all of it in the end where live beams are spare
+    (``fb.Dialect``).
     """
 
     def __init__(self, streamer: Any, prompt: Tensor):
@@ -72,6 +73,8 @@ class Stream:
         """After a step."""
         if self.shows_best:
             self._best(state.best())
+            return
+        if state.dialect.at_max_length == "spare":  # what is live is no hypothesis yet, and may replace those there are
             return
         alive = search.finalize(state, 2 * state.beam_size)
         tokens, lengths = alive.tokens[0][alive.valid[0]].cpu(), alive.lengths[0][alive.valid[0]]
