@@ -7,9 +7,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from flashbeam.kernels import FLAG_DEAD_END, Candidates, Pool, Rule, endings, total_order
+from flashbeam.kernels import FLAG_DEAD_END, Candidates, Pool, Rule, next_length, total_order
 
 from ..selection import Expansion, Ranked
+from ..selection.choosing import endings_of
 from ..selection.rescored import rescored
 from ..selection.topk import best
 from ..state import State
@@ -79,21 +80,18 @@ class AsGenerate:
         """Take out of what would live on what the criteria stop."""
         found, penalty = ranked.candidates, ranked.end_penalty
         requests, limits = expansion.requests, expansion.limits
-        next_length = requests.steps + 1
         assert self.sequences is not None and self.criteria is not None and self.state is not None
         held = (self.state.pool.log_probs > -torch.inf).sum(1)
         width, live = limits.width[:, None], ~requests.done[:, None]
         room = width - held[:, None] if self.rule.shrinks else width
-        last = (limits.max_length == next_length)[:, None]
-        length = next_length.clamp(max=limits.length_norm.shape[1] - 1).long()[:, None]
+        last = (limits.max_length == requests.steps + 1)[:, None]
+        length = next_length(requests, limits)[:, None]
         norm = limits.length_norm.gather(1, length)
         count = found.tokens.shape[1]
         place = torch.arange(count, device=found.tokens.device).expand_as(found.tokens)
         end_place, finishing, end_scores = place[:, :0], live[:, :0], found.scores[:, :0]
-        if expansion.eos is not None:
-            rows = (expansion.logits, found.lse, expansion.bitmask, expansion.temperature)
-            may_end = limits.min_length <= next_length
-            ends = endings(*rows, expansion.eos, expansion.slots, may_end, penalty, ranked.end_scores)
+        ends = endings_of(expansion, found.lse, penalty, ranked.end_scores)
+        if ends is not None:
             order = total_order(
                 (found.scores, found.parents, found.adjusted, found.tokens),
                 (ends.scores, ends.parents, ends.adjusted, ends.tokens),
