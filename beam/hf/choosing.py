@@ -73,8 +73,8 @@ class AsGenerate:
         if self.increments is not None:
             found = rescored(expansion, self.increments, count)
             return found._replace(bound=None) if self.falls else found
-        found = None if self.quick is None else self.quick.find(expansion, count)
-        return best(expansion, count) if found is None else found
+        quick = None if self.quick is None else self.quick.find(expansion, count)
+        return best(expansion, count) if quick is None else quick
 
     def _stop(self, expansion: Expansion, ranked: Ranked, k: int) -> Ranked:
         """Take out of what would live on what the criteria stop."""
