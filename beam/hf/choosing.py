@@ -191,7 +191,8 @@ def stop_in_place(state: State, stopped: Tensor) -> None:
     slots, requests = state.slots, state.requests
     now = stopped & slots.active
     if state.stops is None:
-        state.stops = torch.zeros_like(state.history.tokens, dtype=torch.bool)
+        with torch.inference_mode(False):  # as in BeamSearch.init
+            state.stops = torch.zeros_like(state.history.tokens, dtype=torch.bool)
     last = (requests.steps.long() - 1).clamp(min=0)[None, :, None].expand(1, *now.shape)
     state.stops.scatter_(0, last, (state.stops.gather(0, last)[0] | now)[None])
     slots.ended.logical_or_(now)
