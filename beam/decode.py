@@ -50,7 +50,7 @@ def decode(
         capture: replay the model and the step as one CUDA graph from the third call on. The second call is made with
             the ``tokens [B * K]`` and the reordered cache that all later ones read, so the cache that the model returns
             must have the same shapes and the same plain values at every call: what changes, such as a position, is a
-            tensor. What it returns may be what it was given, changed in place, or other tensors, which are copied there,
+            tensor. What it returns may be what it was given, changed in place, or other tensors, which are copied,
             ``tokens`` and parts of what it was given among them. Plain values and shapes of a constraint's state and of
             a term's statistics stay too. On a CPU nothing is captured, but the cache stays where it is as well.
 
