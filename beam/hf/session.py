@@ -71,7 +71,7 @@ def decode(
             "do_sample: expected False, or a selection that samples, such as fb.Stochastic(seed) or "
             "fb.Sample(seed), got True"
         )
-    if config.low_memory:
+    if getattr(config, "low_memory", None):
         raise ValueError("low_memory: expected None or False, as in beam searches of transformers, got True")
     beams, batch = max(search.beam_size.values), input_ids.shape[0] // repeats
     encoder_decoder = bool(model.config.is_encoder_decoder)
