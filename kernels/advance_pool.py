@@ -96,10 +96,8 @@ def _advance_pool(
     length = next_length(requests, limits)
     last = limits.max_length == length
     width = limits.width[:, None]
-    held = (pool.log_probs > -torch.inf).sum(1)
-    room = width - held[:, None] if shrinks else width
-    left_out = torch.full_like(bound, -torch.inf)
-    best_ended = torch.zeros_like(live)
+    room = width - (pool.log_probs > -torch.inf).sum(1, keepdim=True) if shrinks else width
+    left_out, best_ended = None, None
     place = torch.arange(beams, device=logits.device)
     ranks = place.expand(batch, -1)
     if eos is not None:
@@ -129,19 +127,21 @@ def _advance_pool(
         keep &= (ranks < room) | ~(torch.ones_like(last) if shrinks else last)[:, None]
     elif shrinks:
         keep &= place < width - held[:, None]
-    norms = (norm.gather(1, length[:, None])[:, 0] for norm in (limits.length_norm, limits.bound_norm))
-    as_it_is, possible = (best.scores[:, 0] / norm for norm in norms)
-    if best_possible is not None:
-        possible = best_possible
+    possible = best_possible
+    if possible is None:
+        possible = best.scores[:, 0] / limits.bound_norm.gather(1, length[:, None])[:, 0]
     stop = held >= limits.quota
     if awaits_best:
-        stop &= best_ended | ((pool.ranks == 0) & (pool.log_probs > -torch.inf)).any(1)
+        awaited = ((pool.ranks == 0) & (pool.log_probs > -torch.inf)).any(1)
+        stop &= awaited if best_ended is None else awaited | best_ended
     if best_live or exact:
+        as_it_is = best.scores[:, 0] / limits.length_norm.gather(1, length[:, None])[:, 0]
         worst = pool.scores.gather(1, width.long() - 1)[:, 0]
         stop |= (held >= limits.width) & (worst >= (possible if exact else as_it_is))
-    none_left = ~keep.any(1)
-    possible = possible.masked_fill(last | none_left, -torch.inf)
-    bound.copy_(torch.where(live, torch.maximum(possible, left_out), bound))
+    possible = possible.masked_fill(last | ~keep.any(1), -torch.inf)
+    if left_out is not None:
+        possible = torch.maximum(possible, left_out)
+    bound.copy_(torch.where(live, possible, bound))
     filled, keep = keep, keep & ~(stop & ~last)[:, None]  # a request ended by its rule has its pool
     none_left = ~keep.any(1)
     report_faults(requests, best.flags, live & none_left & (held == 0))
