@@ -8,22 +8,20 @@ the same calls, which take turns. The model is small, random and in float32; seq
 timed.
 """
 
-import argparse
 import functools
 import os
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, NamedTuple
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # the script's folder is on the path, the root must not be: transformers would take kernels/ for the package `kernels`
 import torch
 
+from beside import Beside
 from flashbeam import hf
-from harness import ROOT, Ratio, interleave, provenance, ratio, save, timing
+from harness import Ratio, interleave, ratio, timing
 from run_cpu import Target, cell, machine_name, table
 
 
@@ -188,29 +186,15 @@ def report(document: dict[str, Any]) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=11)
-    parser.add_argument("--cpu-clock", action="store_true", help="processor time of one thread: for a busy machine")
-    parser.add_argument("--tiny", action="store_true", help="a small shape: shows that it runs")
-    parser.add_argument("--output", type=Path, help="JSON file; default bench/results/<machine>-hf-<date>.json")
-    args = parser.parse_args(argv)
-    torch.set_num_threads(1 if args.cpu_clock else args.threads)
-    clock = time.process_time if args.cpu_clock else time.perf_counter
-    import transformers
-
+    run = Beside.begin(__doc__, argv)
+    args, clock, document = run
     stepped, whole = (TINY, list(TINY)) if args.tiny else (STEPS, WHOLE)
-    document: dict[str, Any] = {"provenance": provenance(), "transformers": transformers.__version__}
-    document |= {"rounds": args.rounds, "tiny": args.tiny, "clock": clock.__name__}
     measured = {shape: measure(shape, args.rounds, clock) for shape in dict.fromkeys([*stepped, *whole])}
     document["steps"] = [measured[shape] for shape in stepped]
     document["targets"] = [None if target is None else target.limit for target in stepped.values()]
     document["whole"] = [measured[shape] for shape in whole]
     report(document)
-    machine = machine_name(document["provenance"]["device"], document["provenance"]["cores"])
-    path = args.output or ROOT / "bench/results" / f"{machine}-hf-{time.strftime('%Y-%m-%d')}.json"
-    save(path, document)
-    print(f"Written to {path}.")
+    run.end(machine_name(document["provenance"]["device"], document["provenance"]["cores"]), "hf")
     return 0
 
 

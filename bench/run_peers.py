@@ -6,17 +6,15 @@ Prints Markdown and writes bench/results/<machine>-peers-<date>.json. The model 
 search.
 """
 
-import argparse
 import sys
-import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 import flashbeam as fb
-from harness import ROOT, Ratio, interleave, provenance, ratio, save, timing
+from beside import Beside
+from harness import ROOT, Ratio, interleave, ratio, timing
 from run_cpu import cell, machine_name, table
 
 sys.path.append(str(ROOT / "tests"))
@@ -83,25 +81,11 @@ def report(document: dict[str, Any]) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=11)
-    parser.add_argument("--cpu-clock", action="store_true", help="processor time of one thread: for a busy machine")
-    parser.add_argument("--tiny", action="store_true", help="a small shape: shows that it runs")
-    parser.add_argument("--output", type=Path, help="JSON file; default bench/results/<machine>-peers-<date>.json")
-    args = parser.parse_args(argv)
-    torch.set_num_threads(1 if args.cpu_clock else args.threads)
-    clock = time.process_time if args.cpu_clock else time.perf_counter
-    import transformers
-
-    document: dict[str, Any] = {"provenance": provenance(), "transformers": transformers.__version__}
-    document |= {"rounds": args.rounds, "tiny": args.tiny, "clock": clock.__name__}
+    run = Beside.begin(__doc__, argv)
+    args, clock, document = run
     document["results"] = [measure(shape, args.rounds, clock) for shape in (TINY if args.tiny else SHAPES)]
     report(document)
-    machine = machine_name(document["provenance"]["device"], document["provenance"]["cores"])
-    path = args.output or ROOT / "bench/results" / f"{machine}-peers-{time.strftime('%Y-%m-%d')}.json"
-    save(path, document)
-    print(f"Written to {path}.")
+    run.end(machine_name(document["provenance"]["device"], document["provenance"]["cores"]), "peers")
     return 0
 
 
